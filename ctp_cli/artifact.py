@@ -1,0 +1,199 @@
+"""Every output is an artifact: a folder with `ctp.json`, made beside its final name and appearing by one rename.
+
+Work in progress lives in `NAME.partial/`. Its `ctp.partial.json` holds the identity of the work (settings and
+fingerprints of the inputs): the same identity goes on from there, another one is refused with the differences.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import platform
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from ctp_cli import __version__
+from ctp_cli.errors import InputError, OutputError
+from ctp_cli.files import read_json, sync_folder, whole_file, write_json
+
+__all__ = ["read_json", "whole_file", "write_json"]  # for the modules that make artifacts
+
+MANIFEST = "ctp.json"
+IDENTITY = "ctp.partial.json"
+SCHEMA_VERSION = 1
+
+
+@dataclass
+class Workspace:
+    """A `NAME.partial/` folder being filled. `resumed` says that it held work of the same identity."""
+
+    path: Path
+    output: Path
+    kind: str
+    identity: dict[str, Any]
+    resumed: bool
+    force: bool
+    started: float = field(default_factory=time.monotonic)
+
+    def finish(self, manifest: Mapping[str, Any]) -> Path:
+        """Write `ctp.json`, flush everything, and rename the folder to its final name."""
+        (self.path / IDENTITY).unlink(missing_ok=True)
+        files = {str(p.relative_to(self.path)): p.stat().st_size for p in sorted(self.path.rglob("*")) if p.is_file()}
+        write_json(
+            self.path / MANIFEST,
+            {
+                "schema_version": SCHEMA_VERSION,
+                "kind": self.kind,
+                "created": datetime.now(UTC).isoformat(timespec="microseconds"),
+                "identity": self.identity,
+                "environment": environment(),
+                "peak_memory_bytes": peak_memory_bytes(),
+                "seconds": round(time.monotonic() - self.started, 3),
+                "resumed": self.resumed,
+                "files": files,
+                **manifest,
+            },
+        )
+        for path in self.path.rglob("*"):
+            if path.is_file():
+                with path.open("rb") as handle:
+                    os.fsync(handle.fileno())
+        replaced = None
+        if self.output.exists():
+            if not self.force:  # somebody made it while we worked
+                raise OutputError(f"{self.output} exists by now", hint=f"the finished work is in {self.path}")
+            replaced = self.output.with_name(f"{self.output.name}.replaced-{os.getpid()}")
+            self.output.rename(replaced)
+        self.path.rename(self.output)
+        sync_folder(self.output.parent)
+        if replaced is not None:
+            shutil.rmtree(replaced)
+        return self.output
+
+
+@contextlib.contextmanager
+def workspace(output: Path, *, kind: str, identity: Mapping[str, Any], force: bool = False) -> Iterator[Workspace]:
+    """Open `output`.partial for work, alone.
+
+    Raises OutputError if the output exists, if another process works on it, or if unfinished work of other settings
+    is there. An error before anything was saved leaves no folder behind.
+    """
+    identity = json.loads(json.dumps(identity, default=str))
+    refuse_existing(output, force=force)
+    partial = output.with_name(output.name + ".partial")
+    lock_path = output.with_name(f".{output.name}.lock")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        lock = lock_path.open("w")
+    except OSError as error:
+        raise OutputError(f"{output}: cannot write there ({error.strerror})", hint="choose another place with -o") from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise OutputError(f"another ctp process is making {output}", hint="wait for it, or choose another -o") from None
+        resumed = _open_partial(partial, identity, force=force)
+        try:
+            yield Workspace(partial, output, kind, identity, resumed, force)
+        finally:
+            if partial.exists() and not any(p.name != IDENTITY for p in partial.iterdir()):
+                shutil.rmtree(partial)
+            lock_path.unlink(missing_ok=True)
+
+
+def refuse_existing(output: Path, *, force: bool) -> None:
+    if output.exists() and not force:
+        raise OutputError(f"{output} exists", hint="choose another name with -o, or replace it with --force")
+
+
+def _open_partial(partial: Path, identity: dict[str, Any], *, force: bool) -> bool:
+    if partial.exists():
+        before = read_json(partial / IDENTITY) if (partial / IDENTITY).exists() else None
+        if before == identity:
+            return True
+        if before is not None and not force:
+            lines = "; ".join(differences(before, identity))
+            raise OutputError(
+                f"{partial} holds unfinished work with other settings: {lines}",
+                hint="repeat the first command to go on with it, choose another -o, or start over with --force",
+            )
+        shutil.rmtree(partial)
+    partial.mkdir()
+    write_json(partial / IDENTITY, identity)
+    return False
+
+
+def differences(before: Any, now: Any, where: str = "") -> list[str]:
+    """'compress.bits was 3, is 4' for every leaf that differs."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        lines = []
+        for key in sorted(before.keys() | now.keys()):
+            lines += differences(before.get(key), now.get(key), f"{where}.{key}" if where else key)
+        return lines
+    return [] if before == now else [f"{where} was {before}, is {now}"]
+
+
+def manifest_of(path: Path, *, kind: str | None = None) -> dict[str, Any] | None:
+    """The manifest of a finished artifact, or None if `path` is none (of that kind)."""
+    if path.name.endswith(".partial") or not (path / MANIFEST).is_file():
+        return None
+    manifest = read_json(path / MANIFEST)
+    return manifest if kind is None or manifest.get("kind") == kind else None
+
+
+def newest(kinds: tuple[str, ...], folder: Path) -> Path | None:
+    """The most recently finished artifact directly inside `folder`; refuses if two were finished at the same moment."""
+    found: list[tuple[str, Path]] = []
+    for child in folder.iterdir():
+        if child.is_dir() and (manifest := manifest_of(child)) and manifest.get("kind") in kinds:
+            found.append((str(manifest.get("created", "")), child))
+    if not found:
+        return None
+    latest = max(created for created, _ in found)
+    candidates = sorted(path for created, path in found if created == latest)
+    if len(candidates) > 1:
+        raise InputError(
+            f"which one is meant? equally new: {', '.join(p.name for p in candidates)}", hint="name it on the command line"
+        )
+    return candidates[0]
+
+
+def file_fingerprint(path: Path) -> str:
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def folder_fingerprint(path: Path, patterns: tuple[str, ...] = ("*.safetensors", "*.json", "*.model")) -> str:
+    """One hash over the names and contents of a checkpoint's files; our own manifest is not part of it."""
+    digest = hashlib.sha256()
+    names = sorted({p for pattern in patterns for p in path.glob(pattern)} - {path / MANIFEST})
+    for name in names:
+        digest.update(f"{name.name}\0{file_fingerprint(name)}\n".encode())
+    return digest.hexdigest()
+
+
+def environment() -> dict[str, str | int | None]:
+    """Versions and machine, enough to explain why two runs differ."""
+    versions: dict[str, str | int | None] = {"ctp": __version__, "python": platform.python_version()}
+    for package in ("torch", "transformers", "accelerate", "safetensors"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = None
+    return {**versions, "platform": platform.platform(), "processor_count": os.cpu_count()}
+
+
+def peak_memory_bytes() -> int:
+    """Largest resident size of this process so far (the unit of ru_maxrss is KiB on Linux, bytes on macOS)."""
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,1 @@
+"""Whole-model benchmarks: tables and figures of latency, recovered perplexity and learning."""

@@ -1,0 +1,233 @@
+"""The figures: latency against prompt length, perplexity won back, and the course of learning.
+
+Drawn on matplotlib's Figure directly: pyplot would choose a backend for the whole process. Colours are
+Okabe and Ito's, told apart by colour-blind readers; markers, hatches and labels say the same without
+colour.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from ctp_kernels.profiling import LatencyReport, LatencyRow, Quartiles
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+
+from ctp_cli.files import whole_file
+
+BLUE, VERMILLION, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#8C8C8C"
+_BAR_STYLES = (
+    (GREY, ""),
+    (VERMILLION, "//"),
+    (BLUE, "\\\\"),
+    (GREEN, ".."),
+    ("#E69F00", "xx"),
+    ("#CC79A7", "--"),
+)
+_DPI = 150
+_MOST_LENGTH_TICKS = 6  # so few measured lengths can all be written below the axis
+_LOG_SPAN = 12.0  # past this ratio of the largest to the smallest bar, the small ones vanish on a linear axis
+
+
+def latency_figure(report: LatencyReport, path: Path, *, title: str) -> None:
+    """Write a PNG: time to the first token and per further one against prompt length, with quartile bands."""
+    figure = Figure(figsize=(9.6, 4.2), layout="constrained")
+    first, further = figure.subplots(1, 2)
+    lines = {
+        reused: [r for r in report.rows if r.prefix_reused == reused or not r.prompt_tokens]
+        for reused in (False, True)
+    }
+    for axes, attribute in ((first, "first_token"), (further, "per_token")):
+        _latency_line(
+            axes,
+            lines[False],
+            attribute,
+            colour=VERMILLION,
+            marker="o",
+            style="-",
+            label="prompt computed each time",
+        )
+        _latency_line(
+            axes,
+            lines[True],
+            attribute,
+            colour=BLUE,
+            marker="s",
+            style="--",
+            label="prompt's keys and values reused",
+        )
+        axes.set_ylim(0, axes.get_ylim()[1] * 1.12)
+        axes.set_xlabel("prompt length (tokens)")
+        if len(lines[False]) <= _MOST_LENGTH_TICKS:
+            axes.set_xticks([row.prompt_tokens for row in lines[False]])
+        _plain(axes)
+    first.set_ylabel(f"time to first token (ms), {report.seqlen} text tokens")
+    further.set_ylabel("time per further token (ms)")
+    first.legend(loc="lower left", frameon=False)
+    figure.suptitle(title)
+    figure.supxlabel(
+        f"median and quartiles of {report.rounds} rounds; the number is the median ratio to no prompt",
+        fontsize=8,
+        color="#555555",
+    )
+    _save(figure, path)
+
+
+def recovery_figure(
+    perplexities: Mapping[str, Mapping[str, tuple[float, float]]], path: Path, *, title: str
+) -> None:
+    """Write a PNG: perplexity bars per text, and the share of the lost perplexity that was won back.
+
+    perplexities: text -> label -> (perplexity, standard error). In each text the first label is the full
+    model and the second the compressed one; every further one is marked with `share_won_back`. All texts
+    have the same labels.
+    """
+    texts, labels = list(perplexities), list(next(iter(perplexities.values())))
+    figure = Figure(figsize=(max(5.0, 1.6 + 0.8 * len(texts) * len(labels)), 4.4), layout="constrained")
+    axes = figure.subplots()
+    width = 0.84 / len(labels)
+    values = [value for bars in perplexities.values() for value, _ in bars.values()]
+    for index, label in enumerate(labels):
+        colour, hatch = _BAR_STYLES[index % len(_BAR_STYLES)]
+        places = [t + (index - (len(labels) - 1) / 2) * width for t in range(len(texts))]
+        pairs = [perplexities[text][label] for text in texts]
+        heights, errors = [p for p, _ in pairs], [e for _, e in pairs]
+        axes.bar(
+            places,
+            heights,
+            width * 0.92,
+            color=colour,
+            hatch=hatch,
+            edgecolor="white",
+            linewidth=0,
+            label=label,
+        )
+        axes.errorbar(places, heights, yerr=errors, fmt="none", ecolor="black", elinewidth=1, capsize=3)
+        for place, text, height, error in zip(places, texts, heights, errors, strict=True):
+            note = _bar_note(perplexities[text], labels, index)
+            axes.annotate(
+                note,
+                (place, height + error),
+                (0, 3),
+                textcoords="offset points",
+                ha="center",
+                va="bottom",
+                fontsize=8,
+            )
+    _perplexity_scale(axes, values)
+    axes.set_xticks(range(len(texts)), texts)
+    axes.tick_params(axis="x", length=0)
+    _plain(axes)
+    figure.legend(loc="outside lower center", ncols=2 if len(labels) == 4 else 3, frameon=False)
+    figure.suptitle(title)
+    _save(figure, path)
+
+
+def learning_figure(points: Sequence[tuple[int, float]], path: Path, *, title: str) -> None:
+    """Write a PNG: validation perplexity against the step, the best one marked.
+
+    points: (step, perplexity), at least one.
+    """
+    steps, values = zip(*points, strict=True)
+    best = min(range(len(values)), key=values.__getitem__)
+    figure = Figure(figsize=(6.4, 4.0), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(steps, values, color=BLUE, marker="o" if len(points) <= 40 else None, markersize=4)
+    axes.plot(
+        [steps[best]],
+        [values[best]],
+        linestyle="none",
+        marker="*",
+        markersize=14,
+        color=VERMILLION,
+        markeredgecolor="white",
+        label=f"best: {values[best]:.2f} at step {steps[best]:,}",
+    )
+    axes.margins(y=0.12)
+    axes.set_xlabel("step")
+    axes.set_ylabel("validation perplexity")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda step, _: f"{step:,.0f}"))
+    axes.legend(loc="upper right", frameon=False)
+    _plain(axes)
+    figure.suptitle(title)
+    _save(figure, path)
+
+
+def share_won_back(full: float, compressed: float, prompted: float) -> float | None:
+    """How much of the perplexity lost to compression came back: 1 is all of it. None if nothing was lost."""
+    return (compressed - prompted) / (compressed - full) if compressed > full else None
+
+
+def _latency_line(
+    axes: Axes,
+    rows: Sequence[LatencyRow],
+    attribute: str,
+    *,
+    colour: str,
+    marker: str,
+    style: str,
+    label: str,
+) -> None:
+    spreads: list[Quartiles] = [getattr(row, f"{attribute}_ms") for row in rows]
+    lengths = [row.prompt_tokens for row in rows]
+    axes.fill_between(
+        lengths, [s.low for s in spreads], [s.high for s in spreads], color=colour, alpha=0.18, linewidth=0
+    )
+    axes.plot(
+        lengths,
+        [s.median for s in spreads],
+        color=colour,
+        marker=marker,
+        linestyle=style,
+        markersize=5,
+        label=label,
+    )
+    if rows[-1].prompt_tokens:
+        ratio: Quartiles = getattr(rows[-1], f"{attribute}_ratio")
+        below = rows[-1].prefix_reused  # the two lines may end in one place: one note above, one below
+        axes.annotate(
+            f"×{ratio.median:.2f}",
+            (lengths[-1], spreads[-1].low if below else spreads[-1].high),
+            (0, -6 if below else 6),
+            textcoords="offset points",
+            ha="center",
+            va="top" if below else "bottom",
+            color=colour,
+            fontsize=9,
+        )
+
+
+def _bar_note(bars: Mapping[str, tuple[float, float]], labels: Sequence[str], index: int) -> str:
+    value = bars[labels[index]][0]
+    text = f"{value:.2f}" if value < 100 else f"{value:.1f}" if value < 1000 else f"{value:,.0f}"
+    if index < 2:
+        return text
+    share = share_won_back(bars[labels[0]][0], bars[labels[1]][0], value)
+    if share is None:
+        return text
+    # almost all is not all
+    return f"{share:.1%} won back\n{text}" if 0.99 <= share < 1 else f"{share:.0%} won back\n{text}"
+
+
+def _perplexity_scale(axes: Axes, values: Sequence[float]) -> None:
+    if max(values) / min(values) > _LOG_SPAN:
+        axes.set_yscale("log")
+        axes.set_ylim(min(values) / 2, max(values) * 4)
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.set_ylabel("perplexity (log scale)")
+    else:
+        axes.set_ylim(0, axes.get_ylim()[1] * 1.12)
+        axes.set_ylabel("perplexity")
+
+
+def _plain(axes: Axes) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="#DDDDDD", linewidth=0.6)
+    axes.set_axisbelow(True)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    with whole_file(path) as beside:  # its name ends in .writing, from which no format could be guessed
+        figure.savefig(beside, format="png", dpi=_DPI)

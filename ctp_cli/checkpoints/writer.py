@@ -1,0 +1,132 @@
+"""Write a compressed checkpoint shard by shard: one file per decoder block, embeddings and head in a file of their own.
+
+Each shard is whole on disk before the next is begun, so that interrupted work goes on at the next block, and a prompt can
+later be stitched in by replacing the one file that holds embeddings and head.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ctp_cli.checkpoints import gptq
+from ctp_cli.compression.blockwise import LayerResult
+from ctp_cli.files import read_json, whole_file, write_json
+from ctp_cli.models.blocks import Block
+
+INDEX = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class ShardNames:
+    """Shard 1 holds embeddings, head and everything outside of the blocks; shard i + 2 holds block i."""
+
+    blocks: int
+
+    def outside(self) -> str:
+        return f"model-00001-of-{self.blocks + 1:05d}.safetensors"
+
+    def block(self, index: int) -> str:
+        return f"model-{index + 2:05d}-of-{self.blocks + 1:05d}.safetensors"
+
+
+def block_tensors(block: Block, results: Iterable[LayerResult], *, settings: gptq.GPTQSettings | None) -> dict[str, Tensor]:
+    """A block's tensors by name on disk; quantized layers as codes if `settings` are given, else as dense weights."""
+    tensors = {f"{block.name}.{name}": tensor for name, tensor in block.module.state_dict().items()}
+    if settings is not None:
+        for result in results:
+            assert result.solution.codes is not None
+            del tensors[f"{result.layer.name}.weight"]
+            tensors |= gptq.pack_layer(result.layer.name, result.solution.codes, settings.bits)
+    return tensors
+
+
+def restore_block(block: Block, path: Path, *, settings: gptq.GPTQSettings | None) -> None:
+    """Load a block's compressed weights back into the model, as `block_tensors` wrote them."""
+    with safe_open(path, "pt") as handle:
+        for layer in block.layers:
+            if settings is None:
+                layer.module.weight.data.copy_(handle.get_tensor(f"{layer.name}.weight"))
+            else:
+                parts = {part: handle.get_tensor(f"{layer.name}.{part}") for part in ("qweight", "qzeros", "scales", "g_idx")}
+                layer.set_weight(gptq.unpack_layer(layer.name, parts, settings).values())
+
+
+def outside_tensors(model: PreTrainedModel, blocks: list[Block]) -> dict[str, Tensor]:
+    """Everything that belongs to no block; a tied head is left out, as save_pretrained does."""
+    prefixes = tuple(f"{block.name}." for block in blocks)
+    tensors: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in model.state_dict().items():
+        if not name.startswith(prefixes) and tensor.data_ptr() not in seen:
+            seen.add(tensor.data_ptr())
+            tensors[name] = tensor
+    return tensors
+
+
+def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    with whole_file(path) as beside:
+        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, beside, metadata={"format": "pt"})
+
+
+def write_index(folder: Path) -> int:
+    """The index over all shards in `folder`, from their headers. Returns the bytes of all tensors."""
+    weight_map: dict[str, str] = {}
+    total = 0
+    for file in sorted(folder.glob("model-*.safetensors")):
+        with safe_open(file, "pt") as handle:
+            for name in handle.keys():
+                weight_map[name] = file.name
+        total += file.stat().st_size
+    write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    return total
+
+
+def write_configuration(
+    folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, settings: gptq.GPTQSettings | None
+) -> None:
+    """config.json, generation_config.json, tokenizer files, and quantize_config.json where layers are packed."""
+    model.config.save_pretrained(folder)
+    if model.generation_config is not None:
+        model.generation_config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    config = {**read_json(folder / "config.json"), **_keys_for_older_readers(model)}
+    if settings is not None:
+        config["quantization_config"] = settings.to_config()
+        write_json(folder / "quantize_config.json", settings.to_config())
+    write_json(folder / "config.json", config)
+
+
+def _keys_for_older_readers(model: PreTrainedModel) -> dict[str, Any]:
+    """transformers 4 ignores `rope_parameters` and `dtype` and would silently take its defaults."""
+    keys: dict[str, Any] = {"torch_dtype": str(model.dtype).removeprefix("torch.")}
+    rope = getattr(model.config, "rope_parameters", None)
+    if isinstance(rope, dict) and "rope_theta" in rope:
+        keys["rope_theta"] = rope["rope_theta"]
+        if rope.get("rope_type", "default") != "default":
+            keys["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
+    return keys
+
+
+def parameter_count(model: PreTrainedModel) -> int:
+    """Parameters, tied ones once."""
+    return sum(parameter.numel() for parameter in {id(p): p for p in model.parameters()}.values())
+
+
+def zero_share(results: Iterable[LayerResult]) -> float:
+    """Share of exactly zero weights over the given layers."""
+    zeros = total = 0
+    for result in results:
+        zeros += int((result.solution.weight_OI == 0).sum())
+        total += result.solution.weight_OI.numel()
+    return zeros / max(1, total)
+
+
+def dtype_bits(dtype: torch.dtype) -> int:
+    return torch.finfo(dtype).bits

@@ -1,0 +1,103 @@
+"""Second moments of a layer's inputs and the triangular factor every solver step needs.
+
+I=in_features T=tokens
+"""
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ctp_cli.errors import ShapeError, SolverError
+
+log = logging.getLogger(__name__)
+
+_STRIP = 512
+_RETRIES = 5
+
+
+@dataclass
+class Hessian:
+    """sum over tokens of x x^T, upper triangle only while it grows, and the number of tokens seen."""
+
+    H_II: Tensor
+    tokens: int = 0
+
+    @classmethod
+    def zeros(cls, in_features: int, device: torch.device) -> "Hessian":
+        return cls(torch.zeros(in_features, in_features, dtype=torch.float32, device=device))
+
+    def add(self, x_TI: Tensor) -> None:
+        """Add one batch of layer inputs, in place.
+
+        Shapes: x_TI (T, I), any float dtype.
+        Units: plain sums; `mean` divides by the token count once, at the end.
+        Raises: ShapeError if x_TI's width is not I.
+        Source: GPTQ (arXiv:2210.17323), section 3.
+        """
+        width = self.H_II.shape[0]
+        if x_TI.dim() != 2 or x_TI.shape[1] != width:
+            raise ShapeError(f"inputs of shape {tuple(x_TI.shape)} do not fit a Hessian of width {width}")
+        self.tokens += x_TI.shape[0]
+        exact_bf16 = x_TI.dtype == torch.bfloat16
+        x_TI = x_TI.float()
+        with _bf16_products(exact_bf16):
+            for start in range(0, width, _STRIP):  # H is symmetric: strips of the upper triangle are enough
+                stop = min(start + _STRIP, width)
+                self.H_II[start:stop, start:].addmm_(x_TI[:, start:stop].T, x_TI[:, start:])
+
+    def mean(self) -> Tensor:
+        """(I, I) mean of x x^T over the tokens seen, symmetric; the identity if no input ever fired."""
+        full = torch.triu(self.H_II) + torch.triu(self.H_II, 1).T
+        if self.tokens == 0 or not torch.any(torch.diagonal(full)):
+            return torch.eye(full.shape[0], device=full.device)
+        return full / self.tokens
+
+
+@contextlib.contextmanager
+def _bf16_products(allowed: bool) -> Iterator[None]:
+    """Let float32 matmuls multiply in bfloat16 and sum in float32: exact for operands that came from bfloat16."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium" if allowed else before)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def inverse_factor(H_II: Tensor, *, dampening: float, layer: str) -> tuple[Tensor, float]:
+    """The upper-triangular U with U^T U = (H + damp I)^-1, and the dampening that was needed.
+
+    U[i, i:] / U[i, i] holds the optimal corrections of later inputs for an error at input i. Computed from the Cholesky
+    factor of H with its indices reversed: H = M M^T with M upper triangular, U = M^-1; no inverse of H is formed.
+
+    Shapes: H_II (I, I) float32.
+    Units: `dampening` is a share of the mean of diag(H) (percdamp in GPTQ).
+    Raises: SolverError, naming the layer, if H holds NaN or infinity or stays indefinite with dampening raised
+        tenfold four times.
+    Source: GPTQ (arXiv:2210.17323), section 3.3.
+    """
+    if not torch.isfinite(H_II).all():
+        raise SolverError(
+            f"{layer}: its calibration inputs hold NaN or infinity", hint="does the uncompressed model run on this text?"
+        )
+    mean_diagonal = torch.diagonal(H_II).mean()
+    identity = torch.eye(H_II.shape[0], device=H_II.device)
+    share = dampening
+    for _ in range(_RETRIES):
+        damped = H_II + identity * (share * mean_diagonal)
+        L_II, info = torch.linalg.cholesky_ex(damped.flip(0, 1))
+        if info.item() == 0:
+            U_II = torch.linalg.solve_triangular(L_II.flip(0, 1), identity, upper=True)
+            if torch.isfinite(U_II).all():
+                if share != dampening:
+                    log.warning("%s: Hessian needed dampening %g instead of %g", layer, share, dampening)
+                return U_II, share
+        share *= 10
+    raise SolverError(
+        f"{layer}: its Hessian is not positive definite, even with dampening {share / 10:g}",
+        hint="use more or other calibration text (--windows, --calibration), or a larger --dampening",
+    )

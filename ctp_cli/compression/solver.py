@@ -1,0 +1,269 @@
+"""One column solver: GPTQ, SparseGPT and their joint form are the same update, pruning being rounding to zero.
+
+Inputs are taken one after the other. Each is pruned or rounded, and its error is made up for by the inputs not yet
+taken, by the inverse factor U of the layer's Hessian. A mask rule and a grid rule are the two optional parts. The
+baselines (round-to-nearest, magnitude, Wanda) are the same interface without the correction.
+
+O=out_features I=in_features C=columns (inputs) of one block G=groups; weights are held input-major here, so that one
+input's weights are contiguous
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ctp_cli.compression.grid import Grid, GridRule, fit_grid
+from ctp_cli.compression.hessian import inverse_factor
+from ctp_cli.compression.masks import MaskRule, keep_largest, keep_per_output
+
+BLOCK = 128
+"""Inputs whose corrections are applied to all later inputs at once; also the span over which a mask is chosen."""
+
+
+@dataclass(frozen=True)
+class SolverRule:
+    """What to do with a layer. mask None: no pruning; grid None: no quantization."""
+
+    mask: MaskRule | None
+    grid: GridRule | None
+    pruner: Literal["sparsegpt", "wanda", "magnitude"] = "sparsegpt"
+    quantizer: Literal["gptq", "rtn"] = "gptq"
+    act_order: Literal["none", "column", "group"] = "none"
+    dampening: float = 0.01
+
+    @property
+    def needs_hessian(self) -> bool:
+        prunes = self.mask is not None and self.pruner != "magnitude"
+        return prunes or (self.grid is not None and self.quantizer == "gptq")
+
+
+@dataclass(frozen=True)
+class Codes:
+    """Quantized form of one layer: value[o, i] = scales[o, g_idx[i]] * (codes[o, i] - zeros[o, g_idx[i]])."""
+
+    codes_OI: Tensor
+    """uint8"""
+    scales_OG: Tensor
+    """float32, exact in float16"""
+    zeros_OG: Tensor
+    """uint8"""
+    g_idx_I: Tensor
+    """int32"""
+
+    def values(self) -> Tensor:
+        """(O, I) float32; pruned weights are exactly zero."""
+        index = self.g_idx_I.long()
+        return (self.codes_OI.float() - self.zeros_OG.float()[:, index]) * self.scales_OG[:, index]
+
+
+@dataclass(frozen=True)
+class Solution:
+    """A compressed layer. `dampening` is what the factorization needed, None where none was made."""
+
+    weight_OI: Tensor
+    codes: Codes | None
+    keep_OI: Tensor | None
+    dampening: float | None
+
+
+def solve(weights_OI: list[Tensor], H_II: Tensor | None, rule: SolverRule, *, layer: str) -> list[Solution]:
+    """Compress layers that share their input, and so H, in one pass over the inputs.
+
+    Shapes: each weight (O_k, I), any float dtype; H_II (I, I) float32, the mean of x x^T, or None for baselines that
+        need no calibration.
+    Raises: SolverError, naming `layer`, if H cannot be factorized.
+    Source: GPTQ (arXiv:2210.17323), SparseGPT (arXiv:2301.00774); the grid of a group is fitted when the solver arrives
+        at it, on weights that already carry all corrections.
+    """
+    W_IO = torch.cat([w.float() for w in weights_OI]).T.contiguous()
+    spans = _spans([w.shape[0] for w in weights_OI])
+    feedback = _feeds_back(rule)
+    order_I = _order(H_II, rule, W_IO.shape[0])
+    W_IO = W_IO[order_I]
+    U_II, dampening = None, None
+    if feedback:
+        assert H_II is not None, "error feedback needs a Hessian"
+        U_II, dampening = inverse_factor(H_II[order_I][:, order_I], dampening=rule.dampening, layer=layer)
+    fixed_keep_IO = _fixed_mask(W_IO, H_II, order_I, rule, spans)
+    if rule.mask is not None and rule.grid is not None and rule.pruner == "sparsegpt" and rule.quantizer == "rtn":
+        # rounding without feedback comes after pruning with it, or the corrections would be rounded away unseen
+        pruned = _sweep(W_IO.clone(), U_II, rule.mask, None, None, spans)
+        done = _sweep(pruned.values_IO, None, None, rule.grid, pruned.keep_IO, spans)
+    else:
+        mask = None if fixed_keep_IO is not None else rule.mask
+        done = _sweep(W_IO, U_II, mask, rule.grid, fixed_keep_IO, spans)
+    return [_solution(done, span, order_I, rule, dampening) for span in spans]
+
+
+@dataclass
+class _Swept:
+    values_IO: Tensor
+    keep_IO: Tensor | None
+    codes_IO: Tensor | None
+    grids: list[Grid]
+
+
+def _feeds_back(rule: SolverRule) -> bool:
+    prunes = rule.mask is not None and rule.pruner == "sparsegpt"
+    return prunes or (rule.grid is not None and rule.quantizer == "gptq")
+
+
+def _spans(sizes: list[int]) -> list[slice]:
+    ends = torch.tensor(sizes).cumsum(0).tolist()
+    return [slice(end - size, end) for end, size in zip(ends, sizes, strict=True)]
+
+
+def block_size(mask: MaskRule | None, grid: GridRule | None, in_features: int) -> int:
+    """Whole groups and whole n:m runs, at least BLOCK inputs."""
+    unit = math.lcm(grid.group_size or 1 if grid else 1, mask.m or 1 if mask else 1)
+    return min(unit * math.ceil(BLOCK / unit), in_features)
+
+
+def _order(H_II: Tensor | None, rule: SolverRule, in_features: int) -> Tensor:
+    """The order in which inputs are taken: those with the largest second moment first."""
+    if H_II is None or rule.act_order == "none" or not _feeds_back(rule):
+        return torch.arange(in_features)
+    energy_I = torch.diagonal(H_II)
+    if rule.act_order == "column":
+        return torch.argsort(energy_I, descending=True, stable=True)
+    run = rule.mask.m if rule.mask is not None and rule.mask.m else 1  # n:m runs stay together
+    group = rule.grid.group_size if rule.grid is not None and rule.grid.group_size else in_features
+    positions = torch.arange(in_features)
+    for unit, within in ((run, group), (group, in_features)):
+        blocks = positions.view(-1, within // unit, unit)
+        rank = energy_I[blocks].sum(-1).argsort(dim=1, descending=True, stable=True)
+        positions = torch.gather(blocks, 1, rank[..., None].expand_as(blocks)).flatten()
+    return positions
+
+
+def _fixed_mask(
+    W_IO: Tensor, H_II: Tensor | None, order_I: Tensor, rule: SolverRule, spans: list[slice]
+) -> Tensor | None:
+    if rule.mask is None or rule.pruner == "sparsegpt":
+        return None
+    if rule.pruner == "magnitude":
+        return torch.cat([keep_largest(W_IO[:, span].abs().contiguous(), rule.mask) for span in spans], dim=1)
+    assert H_II is not None, "Wanda needs input norms"
+    norm_I = torch.diagonal(H_II)[order_I].sqrt()
+    return torch.cat([keep_per_output(W_IO[:, span].abs() * norm_I[:, None], rule.mask) for span in spans], dim=1)
+
+
+def _sweep(
+    W_IO: Tensor,
+    U_II: Tensor | None,
+    mask: MaskRule | None,
+    grid_rule: GridRule | None,
+    fixed_keep_IO: Tensor | None,
+    spans: list[slice],
+) -> _Swept:
+    """Take every input once, in the order given; W_IO is consumed and holds the result afterwards."""
+    in_features = W_IO.shape[0]
+    size = block_size(mask, grid_rule, in_features)
+    keep_IO = fixed_keep_IO if mask is None else torch.ones_like(W_IO, dtype=torch.bool)
+    swept = _Swept(W_IO, keep_IO, torch.empty_like(W_IO, dtype=torch.uint8) if grid_rule else None, [])
+    if grid_rule is not None and grid_rule.group_size is None:
+        swept.grids.append(fit_grid(W_IO, grid_rule, keep_CO=fixed_keep_IO))
+    for start in range(0, in_features, size):
+        stop = min(start + size, in_features)
+        if mask is not None and keep_IO is not None:
+            keep_IO[start:stop] = _block_mask(W_IO[start:stop], U_II, start, stop, mask, spans)
+        errors_CO = _take_block(swept, U_II, grid_rule, start, stop)
+        if U_II is not None and errors_CO is not None:
+            W_IO[stop:].addmm_(U_II[start:stop, stop:].T, errors_CO, alpha=-1)
+    return swept
+
+
+def _block_mask(
+    W_CO: Tensor, U_II: Tensor | None, start: int, stop: int, mask: MaskRule, spans: list[slice]
+) -> Tensor:
+    """SparseGPT's saliency w^2 / U_ii^2: the loss a pruned weight leaves after its best correction."""
+    assert U_II is not None
+    score_CO = (W_CO / torch.diagonal(U_II)[start:stop, None]) ** 2
+    return torch.cat([keep_largest(score_CO[:, span].contiguous(), mask) for span in spans], dim=1)
+
+
+def _take_block(
+    swept: _Swept, U_II: Tensor | None, grid_rule: GridRule | None, start: int, stop: int
+) -> Tensor | None:
+    """Round or prune inputs start..stop in place; the returned errors (C, O) are already divided by U_ii."""
+    W_CO = swept.values_IO[start:stop]
+    keep_CO = None if swept.keep_IO is None else swept.keep_IO[start:stop]
+    group = grid_rule.group_size if grid_rule else None
+    grid = swept.grids[0] if grid_rule is not None and group is None else None
+    if U_II is None:
+        return _round_block(swept, grid_rule, start, stop)
+    errors_CO = torch.empty_like(W_CO)
+    diagonal = torch.diagonal(U_II)[start:stop].tolist()
+    for column in range(stop - start):
+        if grid_rule is not None and group is not None and column % group == 0:
+            ahead = slice(column, column + group)
+            grid = fit_grid(W_CO[ahead], grid_rule, keep_CO=None if keep_CO is None else keep_CO[ahead])
+            swept.grids.append(grid)
+        w_O = W_CO[column]
+        if grid is None:
+            q_O = w_O.clone()
+        else:
+            codes_O = grid.codes(w_O)
+            q_O = grid.values(codes_O)
+        if keep_CO is not None:
+            q_O.mul_(keep_CO[column])
+            if grid is not None:
+                codes_O = torch.where(keep_CO[column], codes_O, grid.zero_O)
+        if grid is not None and swept.codes_IO is not None:
+            swept.codes_IO[start + column] = codes_O.to(torch.uint8)
+        error_O = torch.sub(w_O, q_O, out=errors_CO[column]).div_(diagonal[column])
+        W_CO[column:].addr_(U_II[start + column, start + column : stop], error_O, alpha=-1)
+        W_CO[column] = q_O
+    return errors_CO
+
+
+def _round_block(swept: _Swept, grid_rule: GridRule | None, start: int, stop: int) -> None:
+    """Without feedback a block is pruned and rounded as it stands."""
+    W_CO = swept.values_IO[start:stop]
+    if swept.keep_IO is not None:
+        W_CO.mul_(swept.keep_IO[start:stop])
+    if grid_rule is None or swept.codes_IO is None:
+        return
+    group = grid_rule.group_size or stop - start
+    for column in range(0, stop - start, group):
+        part_CO = W_CO[column : column + group]
+        if grid_rule.group_size is not None:
+            swept.grids.append(fit_grid(part_CO, grid_rule))
+        grid = swept.grids[-1]
+        codes_CO = grid.codes(part_CO)
+        swept.codes_IO[start + column : start + column + group] = codes_CO.to(torch.uint8)
+        part_CO.copy_(grid.values(codes_CO))
+
+
+def _solution(done: _Swept, span: slice, order_I: Tensor, rule: SolverRule, dampening: float | None) -> Solution:
+    """Undo the order of inputs and cut one layer out of the stacked outputs."""
+    back_I = torch.argsort(order_I)
+    weight_OI = done.values_IO[back_I][:, span].T.contiguous()
+    keep_OI = None if done.keep_IO is None else done.keep_IO[back_I][:, span].T.contiguous()
+    if rule.grid is None or done.codes_IO is None:
+        return Solution(weight_OI, None, keep_OI, dampening)
+    group = rule.grid.group_size or order_I.numel()
+    g_idx_I, first = _group_index(order_I, back_I, group)
+    grids = [done.grids[i] for i in first]
+    codes = Codes(
+        codes_OI=done.codes_IO[back_I][:, span].T.contiguous(),
+        scales_OG=torch.stack([g.scale_O[span] for g in grids], dim=1),
+        zeros_OG=torch.stack([g.zero_O[span] for g in grids], dim=1).to(torch.uint8),
+        g_idx_I=g_idx_I,
+    )
+    return Solution(codes.values(), codes, keep_OI, dampening)
+
+
+def _group_index(order_I: Tensor, back_I: Tensor, group: int) -> tuple[Tensor, list[int]]:
+    """Group of each input, and the order in which the fitted grids are stored.
+
+    Groups that are contiguous in the layer are numbered as they lie there; scattered ones (column order) as fitted.
+    """
+    fitted_I = back_I // group
+    natural_I = torch.arange(order_I.numel()) // group
+    if torch.equal(order_I.view(-1, group).amin(1) // group, order_I.view(-1, group).amax(1) // group):
+        return natural_I.int(), fitted_I[::group].tolist()
+    return fitted_I.int(), list(range(order_I.numel() // group))

@@ -1,0 +1,182 @@
+"""Where text comes from: names of data sets, `pydoc`, or local files.
+
+A text is written `[LABEL=]SOURCE[:PART]`:
+    pydoc:test              the reference topics inside every Python; parts train, validation, test
+    c4, wikitext2, ptb      Hugging Face data sets; parts train, validation, test (c4 has no test)
+    notes.txt               a local file as it stands
+    notes.txt:lines         its lines joined by a space
+    rows.jsonl[.gz]         column `text` of every row, joined by a blank line; `rows.jsonl:body` takes another column
+    rows.parquet[:column]   likewise
+"""
+
+import gzip
+import hashlib
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from ctp_cli.errors import InputError, NetworkError
+
+PARTS = ("train", "validation", "test")
+_FILE_ENDINGS = (".txt", ".jsonl", ".jsonl.gz", ".json.gz", ".parquet")
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text and what is to be stored about it: where it came from and the hash of its UTF-8 form."""
+
+    label: str
+    source: str
+    content: str
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(self.content.encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class HubText:
+    """A Hugging Face data set and how its rows become one text. `rows`: (skip, take) per part, None for all."""
+
+    repository: str
+    config: str | None
+    column: str
+    joiner: str
+    files: dict[str, str] | None
+    rows: dict[str, tuple[int, int | None]]
+
+
+# C4 as in SparseGPT: the first documents of shard 0. Its first 1,100 validation documents are for reporting, later ones
+# for choosing prompts. Script data sets no longer load, so PTB comes from a mirror in parquet.
+HUB_TEXTS = {
+    "c4": HubText(
+        "allenai/c4",
+        None,
+        "text",
+        " ",
+        {
+            "train": "en/c4-train.00000-of-01024.json.gz",
+            "validation": "en/c4-validation.00000-of-00008.json.gz",
+            "test": "en/c4-validation.00000-of-00008.json.gz",
+        },
+        {"train": (0, 5000), "validation": (1100, 400), "test": (0, 1100)},
+    ),
+    "wikitext2": HubText("Salesforce/wikitext", "wikitext-2-raw-v1", "text", "\n\n", None, {}),
+    "ptb": HubText("FALcon6/ptb_text_only", None, "sentence", " ", None, {}),
+}
+
+
+def known_names() -> list[str]:
+    return [*HUB_TEXTS, "pydoc"]
+
+
+def load_text(spec: str, *, default_part: str) -> Text:
+    """Raises InputError for an unknown name or an empty or unreadable file, NetworkError without the hub."""
+    label, separator, rest = spec.partition("=")
+    if not separator:
+        label, rest = "", spec
+    source, part = _split_part(rest)
+    if source in HUB_TEXTS or source == "pydoc":
+        part = part or default_part
+        if part not in PARTS:
+            raise InputError(f"text {spec!r}: no part {part!r}", hint=f"parts are {', '.join(PARTS)}")
+        content = pydoc_text(part) if source == "pydoc" else _hub_text(source, part)
+        name = f"{source}:{part}"
+    elif rest.endswith(_FILE_ENDINGS) or source.endswith(_FILE_ENDINGS) or Path(source).exists():
+        content = _local_text(Path(source), part)
+        name = rest
+    else:
+        raise InputError(
+            f"unknown text {spec!r}: not a file, and not one of {', '.join(known_names())}",
+            hint="local files end in .txt, .jsonl, .jsonl.gz or .parquet; write FILE:COLUMN to choose a column",
+        )
+    if not content.strip():
+        raise InputError(f"text {spec!r} is empty")
+    return Text(label or (Path(source).name if "." in source else name), name, content)
+
+
+def _split_part(rest: str) -> tuple[str, str]:
+    source, separator, part = rest.rpartition(":")
+    if not separator or "/" in part or rest.endswith(_FILE_ENDINGS):
+        return rest, ""
+    return source, part
+
+
+def pydoc_text(part: str) -> str:
+    """The English reference topics that ship inside Python, split by topic: 80% train, 10% validation, 10% test.
+
+    A topic's part follows from the hash of its name, so it is the same in every Python release.
+    """
+    from pydoc_data.topics import topics
+
+    chosen = []
+    for name in sorted(topics):
+        bucket = hashlib.sha256(name.encode()).digest()[0] % 10
+        if part == ("validation" if bucket == 0 else "test" if bucket == 1 else "train"):
+            chosen.append(str(topics[name]))
+    return "\n\n".join(chosen)
+
+
+def _local_text(path: Path, column: str) -> str:
+    if not path.is_file():
+        raise InputError(f"{path}: no such text file")
+    name = path.name
+    try:
+        if name.endswith(".parquet"):
+            return _parquet_text(path, column or "text")
+        if name.endswith((".jsonl", ".jsonl.gz", ".json.gz")):
+            return "\n\n".join(_jsonl_rows(path, column or "text"))
+        content = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError, EOFError) as error:
+        raise InputError(f"{path}: cannot be read as UTF-8 text ({error})") from None
+    if column == "lines":
+        return " ".join(content.splitlines())
+    if column:
+        raise InputError(f"{path}:{column}: a .txt file has no columns", hint="write :lines to join its lines by a space")
+    return content
+
+
+def _jsonl_rows(path: Path, column: str) -> Iterable[str]:
+    opener: Callable[..., Any] = gzip.open if path.name.endswith(".gz") else open
+    with opener(path, "rt", encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except (json.JSONDecodeError, RecursionError) as error:
+                raise InputError(f"{path}, line {number}: not JSON ({error})") from None
+            if not isinstance(row, dict) or not isinstance(row.get(column), str):
+                raise InputError(f"{path}, line {number}: no text in column {column!r}", hint="write FILE:COLUMN to choose another")
+            yield row[column]
+
+
+def _parquet_text(path: Path, column: str) -> str:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        rows = pyarrow.parquet.read_table(path, columns=[column]).column(0).to_pylist()
+    except (pyarrow.ArrowException, KeyError, IndexError) as error:
+        raise InputError(f"{path}: no readable column {column!r} ({error})") from None
+    return "\n\n".join(str(row) for row in rows if row is not None)
+
+
+def _hub_text(name: str, part: str) -> str:
+    import datasets
+
+    source = HUB_TEXTS[name]
+    files = {"data_files": {part: source.files[part]}} if source.files else {}
+    datasets.disable_progress_bars()
+    try:
+        rows = datasets.load_dataset(source.repository, source.config, split=part, streaming=bool(files), **files)
+        skip, take = source.rows.get(part, (0, None))
+        return source.joiner.join(row[source.column] for row in islice(rows, skip, None if take is None else skip + take))
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise NetworkError(
+            f"text {name!r}: {source.repository} cannot be loaded from the Hugging Face hub ({type(error).__name__})",
+            hint="use pydoc, which needs no network, or a local .txt, .jsonl, .jsonl.gz or .parquet file",
+        ) from None

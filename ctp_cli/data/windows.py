@@ -1,0 +1,30 @@
+"""Token windows for calibration, learning and evaluation."""
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from ctp_cli.data.sources import Text
+from ctp_cli.errors import InputError
+
+
+def token_ids(text: Text, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    """The whole text as one stream of ids (T,) int64; no BOS or other special tokens are added."""
+    ids = tokenizer(text.content, add_special_tokens=False, verbose=False)["input_ids"]
+    return torch.tensor(ids, dtype=torch.long)
+
+
+def windows(ids_T: Tensor, seqlen: int, *, most: int | None = None, text: Text, at_least: int = 1) -> Tensor:
+    """Non-overlapping windows (N, seqlen), the tail dropped, the first `most` of them.
+
+    Raises InputError if the text has fewer than `at_least` windows.
+    """
+    count = ids_T.numel() // seqlen
+    if count < at_least:
+        raise InputError(
+            f"text {text.source!r} is too short: {ids_T.numel()} tokens are {count} windows of {seqlen}, at least "
+            f"{at_least} needed",
+            hint="use a longer text or a smaller --seqlen",
+        )
+    count = count if most is None else min(count, most)
+    return ids_T[: count * seqlen].view(count, seqlen)

@@ -1,0 +1,227 @@
+"""Walk a decoder: find its blocks and their linear layers, and run one block at a time.
+
+Nothing here knows a model family. Blocks are the ModuleList with as many members as the configuration has hidden
+layers; a block's linear layers, their order of execution and which of them share an input are found by running it.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from ctp_cli.errors import UnsupportedModelError
+
+
+@dataclass(frozen=True)
+class LinearLayer:
+    """One weight matrix of a block. `name` is its path from the model's root."""
+
+    name: str
+    module: nn.Module
+
+    @property
+    def transposed(self) -> bool:
+        """GPT-2's Conv1D stores (in, out) where nn.Linear stores (out, in)."""
+        return isinstance(self.module, Conv1D)
+
+    @property
+    def weight_OI(self) -> Tensor:
+        """A view (out_features, in_features) of the weight."""
+        weight = self.module.weight.data
+        assert isinstance(weight, Tensor)
+        return weight.T if self.transposed else weight
+
+    def set_weight(self, weight_OI: Tensor) -> None:
+        """Copy new values in, cast to the module's dtype."""
+        self.weight_OI.copy_(weight_OI)
+
+
+@dataclass(frozen=True)
+class Block:
+    """One decoder block and its linear layers, in the order in which the module lists them."""
+
+    index: int
+    name: str
+    module: nn.Module
+    layers: tuple[LinearLayer, ...]
+
+
+def find_blocks(model: PreTrainedModel) -> list[Block]:
+    """The decoder blocks in order. Raises UnsupportedModelError, naming what was looked for."""
+    wanted = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
+    fitting = {name: m for name, m in lists.items() if len(m) == wanted and all(_linears(block) for block in m)}
+    if len(fitting) != 1:
+        found = ", ".join(f"{name} ({len(m)} x {type(m[0]).__name__})" for name, m in lists.items() if len(m)) or "none"
+        raise UnsupportedModelError(
+            f"{type(model).__name__}: looked for one ModuleList of num_hidden_layers={wanted} decoder blocks that hold "
+            f"nn.Linear or Conv1D layers; found: {found}",
+            hint="ctp walks decoder-only transformers such as Llama, OPT, GPT-2, GPT-NeoX, BLOOM, Qwen, Mistral, Gemma, Phi",
+        )
+    ((prefix, members),) = fitting.items()
+    blocks = []
+    for index, module in enumerate(members):
+        name = f"{prefix}.{index}"
+        layers = tuple(LinearLayer(f"{name}.{path}", linear) for path, linear in _linears(module).items())
+        _refuse_other_matrices(type(model).__name__, name, module, layers)
+        blocks.append(Block(index, name, module, layers))
+    return blocks
+
+
+def _linears(block: nn.Module) -> dict[str, nn.Module]:
+    return {name: m for name, m in block.named_modules() if isinstance(m, nn.Linear | Conv1D)}
+
+
+def _refuse_other_matrices(family: str, name: str, block: nn.Module, layers: tuple[LinearLayer, ...]) -> None:
+    covered = {id(layer.module.weight) for layer in layers}
+    for path, parameter in block.named_parameters():
+        if parameter.dim() >= 2 and id(parameter) not in covered:
+            raise UnsupportedModelError(
+                f"{family}: {name}.{path} has shape {tuple(parameter.shape)} and belongs to no nn.Linear or Conv1D "
+                "(fused experts, convolutions and the like are not supported)",
+                hint="compress a dense decoder-only model",
+            )
+
+
+@dataclass(frozen=True)
+class BlockCall:
+    """The arguments a model hands one block beside the hidden states, for one batch."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def run(self, block: nn.Module, x_BTD: Tensor) -> Tensor:
+        output = block(x_BTD, *self.args, **self.kwargs)
+        return output[0] if isinstance(output, tuple) else output
+
+
+@dataclass
+class WalkState:
+    """Hidden states between two blocks, and every block's calls. keep_BT is False at padding."""
+
+    hidden_BTD: list[Tensor]
+    calls: list[list[BlockCall]]
+    """calls[block][batch]"""
+    keep_BT: list[Tensor | None]
+
+
+@torch.no_grad()
+def start_walk(
+    model: PreTrainedModel, blocks: Sequence[Block], batches: Iterable[tuple[Tensor, Tensor | None]]
+) -> WalkState:
+    """Run the model up to its first block on every batch of (ids_BT, attention_mask_BT or None).
+
+    Blocks are replaced by recorders that pass hidden states through, so that masks, positions and whatever else a
+    family hands to its blocks, which may differ from block to block, are recorded as the model makes them.
+    """
+    state = WalkState([], [[] for _ in blocks], [])
+    returns_tuple: list[bool] = []
+    originals = [block.module.forward for block in blocks]
+
+    def recorder(index: int) -> Callable[..., Any]:
+        def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+            state.calls[index].append(BlockCall(args, kwargs))
+            if index == 0:
+                state.hidden_BTD.append(hidden_states)
+            return (hidden_states,) if returns_tuple[index] else hidden_states
+
+        return forward
+
+    hooks = [b.module.register_forward_hook(lambda *a: returns_tuple.append(isinstance(a[2], tuple))) for b in blocks]
+    probe = torch.zeros(1, 4, dtype=torch.long, device=model.device)
+    model(probe, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    try:
+        for block in blocks:
+            block.module.forward = recorder(block.index)  # type: ignore[method-assign]
+        for ids_BT, mask_BT in batches:
+            model(ids_BT, attention_mask=mask_BT, use_cache=False, logits_to_keep=1)
+            state.keep_BT.append(None if mask_BT is None else mask_BT.bool())
+    finally:
+        for block, forward in zip(blocks, originals, strict=True):
+            block.module.forward = forward  # type: ignore[method-assign]
+    return state
+
+
+class _Reached(Exception):
+    """Raised by a hook to leave a block's forward early."""
+
+
+@torch.no_grad()
+def visit_inputs(
+    block: Block, layers: Sequence[LinearLayer], state: WalkState, visit: Callable[[LinearLayer, Tensor], None]
+) -> None:
+    """Run the block on every batch and hand each of `layers` its inputs (T, I), padding left out.
+
+    The run of a batch ends as soon as all of `layers` were reached.
+    """
+    for batch, x_BTD in enumerate(state.hidden_BTD):
+        keep_BT = state.keep_BT[batch]
+        waiting = {layer.name for layer in layers}
+
+        def hook(layer: LinearLayer, inputs: tuple[Tensor, ...], keep_BT=keep_BT, waiting=waiting) -> None:  # type: ignore[no-untyped-def]
+            x_TI = _flatten(inputs[0], keep_BT)
+            visit(layer, x_TI)
+            waiting.discard(layer.name)
+            if not waiting:
+                raise _Reached
+
+        hooks = [
+            layer.module.register_forward_pre_hook(lambda _m, inputs, layer=layer, hook=hook: hook(layer, inputs))
+            for layer in layers
+        ]
+        try:
+            state.calls[block.index][batch].run(block.module, x_BTD)
+        except _Reached:
+            pass
+        finally:
+            for handle in hooks:
+                handle.remove()
+
+
+def _flatten(x: Tensor, keep_BT: Tensor | None) -> Tensor:
+    # some families (OPT's MLP in old releases, experts) flatten tokens before their layers
+    flat_TI = x.reshape(-1, x.shape[-1])
+    if keep_BT is None or keep_BT.all():
+        return flat_TI
+    return flat_TI[keep_BT.reshape(-1)]
+
+
+@torch.no_grad()
+def advance(block: Block, state: WalkState) -> None:
+    """Replace the hidden states by the block's outputs, batch by batch."""
+    for batch, x_BTD in enumerate(state.hidden_BTD):
+        state.hidden_BTD[batch] = state.calls[block.index][batch].run(block.module, x_BTD)
+    state.calls[block.index].clear()
+
+
+@torch.no_grad()
+def shared_inputs(block: Block, state: WalkState) -> list[list[LinearLayer]]:
+    """The block's layers in order of execution, those fed by the very same tensor together.
+
+    Layers that the probe does not reach come last, each alone.
+    """
+    order: list[tuple[Tensor, list[LinearLayer]]] = []
+
+    def see(layer: LinearLayer, inputs: tuple[Tensor, ...]) -> None:
+        for seen, members in order:
+            if seen is inputs[0]:
+                members.append(layer)
+                return
+        order.append((inputs[0], [layer]))
+
+    hooks = [
+        layer.module.register_forward_pre_hook(lambda _m, inputs, layer=layer: see(layer, inputs)) for layer in block.layers
+    ]
+    try:
+        state.calls[block.index][0].run(block.module, state.hidden_BTD[0])
+    finally:
+        for hook in hooks:
+            hook.remove()
+    reached = {layer.name for _, members in order for layer in members}
+    return [members for _, members in order] + [[layer] for layer in block.layers if layer.name not in reached]

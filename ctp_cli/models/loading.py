@@ -1,0 +1,141 @@
+"""Load a checkpoint folder, dense or GPTQ, as a frozen transformers model in evaluation mode."""
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from ctp_cli.checkpoints import gptq
+from ctp_cli.errors import InputError
+from ctp_cli.files import read_json
+
+# What a damaged or foreign checkpoint makes transformers raise; all of them are the file's fault, not ours.
+_LOAD_FAILURES = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError, ImportError)
+
+
+def load_config(path: Path) -> Any:
+    """The model's configuration. Raises InputError if there is none or it is not understood."""
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except _LOAD_FAILURES as error:
+        raise InputError(f"{path}: config.json is not usable ({_first_line(error)})", hint="is the folder complete?") from None
+
+
+def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer saved beside a model. Raises InputError if it is missing or damaged."""
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except _LOAD_FAILURES as error:
+        raise InputError(f"{path}: the tokenizer cannot be loaded ({_first_line(error)})") from None
+
+
+def load_model(path: Path, *, dtype: torch.dtype | None = None, device: str = "cpu") -> PreTrainedModel:
+    """A causal language model with all parameters frozen, in eval mode.
+
+    `dtype` None keeps the checkpoint's. GPTQ codes are dequantized into dense layers, one layer at a time.
+    Raises InputError for a missing, damaged or unsupported checkpoint.
+    """
+    config = load_config(path)
+    quantization = getattr(config, "quantization_config", None)
+    check_weight_files(path)
+    try:
+        with _quiet():
+            if quantization is None:
+                model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype or "auto", trust_remote_code=False)
+            else:
+                model = _load_gptq(path, config, quantization, dtype)
+    except _LOAD_FAILURES as error:
+        raise InputError(
+            f"{path}: the weights cannot be loaded ({_first_line(error)})", hint="download or compress the model again"
+        ) from None
+    return model.to(device).eval().requires_grad_(False)
+
+
+def _load_gptq(path: Path, config: Any, quantization: Any, dtype: torch.dtype | None) -> PreTrainedModel:
+    settings = gptq.GPTQSettings.from_config(quantization if isinstance(quantization, dict) else quantization.to_dict(), path)
+    del config.quantization_config
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    transposed = {name for name, module in skeleton.named_modules() if type(module).__name__ == "Conv1D"}
+    state = gptq.read_dense_state(path, settings, dtype=dtype or config.dtype or torch.float16, transposed=transposed)
+    return AutoModelForCausalLM.from_pretrained(None, config=config, state_dict=state, dtype=dtype or config.dtype)
+
+
+def weight_files(path: Path) -> dict[str, Path]:
+    """Tensor name -> file, from the index or from the single file.
+
+    Raises InputError if there are no safetensors files or the index names one that is not there.
+    """
+    index = path / "model.safetensors.index.json"
+    if index.is_file():
+        names = read_json(index).get("weight_map")
+        if not isinstance(names, dict) or not all(isinstance(f, str) and "/" not in f for f in names.values()):
+            raise InputError(f"{index}: no usable weight_map")
+        return {name: path / file for name, file in names.items()}
+    single = path / "model.safetensors"
+    if not single.is_file():
+        pickled = next(path.glob("*.bin"), None)
+        raise InputError(
+            f"{path}: no model.safetensors",
+            hint=f"{pickled.name} is a pickle, which ctp never opens: convert it with save_pretrained"
+            if pickled
+            else "give a folder that holds safetensors weights",
+        )
+    from safetensors import safe_open
+
+    try:
+        with safe_open(single, "pt") as handle:
+            return dict.fromkeys(handle.keys(), single)
+    except (SafetensorError, OSError) as error:
+        raise _damaged(single, error) from None
+
+
+def check_weight_files(path: Path) -> None:
+    """Every weight file is there, and its header agrees with its length; nothing of the tensors is read."""
+    from safetensors import safe_open
+
+    for file in sorted(set(weight_files(path).values())):
+        if not file.is_file():
+            raise InputError(f"{path}: {file.name} is missing", hint="the checkpoint is not complete: copy or make it again")
+        try:
+            with safe_open(file, "pt") as handle:
+                handle.keys()
+        except (SafetensorError, OSError) as error:
+            raise _damaged(file, error) from None
+
+
+def _damaged(file: Path, error: Exception) -> InputError:
+    return InputError(f"{file}: damaged or cut off ({_first_line(error)})", hint="copy, download or make it again")
+
+
+def decoder_embedding(model: PreTrainedModel) -> nn.Embedding:
+    """The token embedding table."""
+    table = model.get_input_embeddings()
+    assert isinstance(table, nn.Embedding), type(table)
+    return table
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """transformers' own bars and notes would cut through ours."""
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def _first_line(error: Exception) -> str:
+    text = json.dumps(str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__)
+    return text.strip('"')[:200]

@@ -1,0 +1,212 @@
+"""The prompt file: one tensor and where it came from, in one safetensors file; and whether it fits a
+model.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedTokenizerBase
+
+from ctp_cli.errors import InputError
+from ctp_cli.files import whole_file
+from ctp_cli.prompts.shards import TensorEntry, read_header
+
+PROMPT_FILE = "prompt.safetensors"
+TENSOR = "prompt_embeddings"
+FORMAT_VERSION = 1
+MAX_TOKENS, MAX_WIDTH = 65_536, 1_048_576
+
+Kind = Literal["soft-prompt", "kv-prefix"]
+Layout = Literal["prompt-text", "bos-prompt-text"]
+
+
+@dataclass(frozen=True)
+class PromptMetadata:
+    """Where a prompt came from. None is "not known": such a fact is reported as unverified, never guessed."""
+
+    kind: Kind = "soft-prompt"
+    layout: Layout = "prompt-text"
+    """What stands before the text: the prompt, or the BOS token and then the prompt."""
+    base_model: str | None = None
+    """Name or hub id of the model before compression."""
+    tokenizer_fingerprint: str | None = None
+    embedding_fingerprint: str | None = None
+    compression: str | None = None
+    """JSON of the compression it was learned on; another compression of the same model is welcome."""
+    data: str | None = None
+    """The text it was learned from."""
+    steps: int | None = None
+    """Optimizer steps until the prompt was at its best."""
+    seed: int | None = None
+    validation_perplexity: float | None = None
+    """The best one, which selected this prompt."""
+    format_version: int = FORMAT_VERSION
+
+
+@dataclass(frozen=True, eq=False)
+class Prompt:
+    """A learned prompt. Shapes: embeddings (num_virtual_tokens, embedding_dim) float32, in the space of
+    inputs_embeds.
+    """
+
+    embeddings: torch.Tensor
+    metadata: PromptMetadata = PromptMetadata()
+
+    def __post_init__(self) -> None:
+        assert self.embeddings.dim() == 2 and self.embeddings.dtype == torch.float32, self.embeddings
+
+    @property
+    def num_virtual_tokens(self) -> int:
+        return self.embeddings.shape[0]
+
+    @property
+    def embedding_dim(self) -> int:
+        return self.embeddings.shape[1]
+
+
+def save_prompt(path: Path, prompt: Prompt) -> None:
+    """Write the prompt to `path`; whoever reads it meanwhile sees the old file or the new one, never a
+    part.
+    """
+    header = {field.name: getattr(prompt.metadata, field.name) for field in fields(PromptMetadata)}
+    strings = {name: str(value) for name, value in header.items() if value is not None}
+    with whole_file(path) as beside:
+        save_file({TENSOR: prompt.embeddings.detach().cpu().contiguous()}, beside, metadata=strings)
+
+
+def load_prompt(path: Path) -> Prompt:
+    """Read a prompt from its file, or from the folder that holds `prompt.safetensors`.
+
+    Other tools' files are welcome if they hold the tensor `prompt_embeddings`; what they do not say stays
+    None.
+    Raises InputError for anything else, before memory is taken.
+    """
+    file = path / PROMPT_FILE if path.is_dir() else path
+    if not file.is_file():
+        where = f"{path}: holds no {PROMPT_FILE}" if path.is_dir() else f"{path}: no such file"
+        raise InputError(where, hint=f"give the {PROMPT_FILE} that `ctp learn` made, or its folder")
+    header = read_header(file)
+    _check_tensor(file, header.tensors)
+    metadata = _metadata(file, header.metadata)
+    try:
+        embeddings = load_file(file)[TENSOR].to(torch.float32)
+    except (SafetensorError, OSError) as error:
+        raise InputError(
+            f"{file}: damaged ({error})", hint="copy it again, or learn the prompt again"
+        ) from None
+    if not torch.isfinite(embeddings).all():
+        raise InputError(
+            f"{file}: the prompt holds NaN or infinite values", hint="learn it again with a lower rate"
+        )
+    return Prompt(embeddings, metadata)
+
+
+def _check_tensor(file: Path, tensors: Mapping[str, TensorEntry]) -> None:
+    entry = tensors.get(TENSOR)
+    if entry is None:
+        held = ", ".join(sorted(tensors)[:3]) or "nothing"
+        raise InputError(f"{file}: holds no tensor {TENSOR} (it holds {held})", hint="is this a prompt file?")
+    shape = "x".join(map(str, entry.shape))
+    if entry.dtype not in ("F32", "F16", "BF16"):
+        raise InputError(f"{file}: {TENSOR} is {entry.dtype}, expected F32", hint="is this a prompt file?")
+    if len(entry.shape) != 2 or not (0 < entry.shape[0] <= MAX_TOKENS and 0 < entry.shape[1] <= MAX_WIDTH):
+        raise InputError(
+            f"{file}: {TENSOR} is {shape}, expected virtual tokens x embedding width",
+            hint="is this a prompt file?",
+        )
+
+
+def _metadata(file: Path, strings: Mapping[str, str]) -> PromptMetadata:
+    given: dict[str, Any] = {
+        field.name: strings[field.name] for field in fields(PromptMetadata) if field.name in strings
+    }
+    readers = {"steps": int, "seed": int, "validation_perplexity": float, "format_version": int}
+    for name, reader in readers.items():
+        try:
+            given.update({name: reader(given[name])} if name in given else {})
+        except ValueError:
+            raise InputError(f"{file}: header field {name} is {given[name]!r}, not a number") from None
+    if given.get("format_version", FORMAT_VERSION) > FORMAT_VERSION:
+        raise InputError(
+            f"{file}: prompt format {given['format_version']}, this ctp reads {FORMAT_VERSION}",
+            hint="update ctp",
+        )
+    for name, allowed in (("kind", get_args(Kind)), ("layout", get_args(Layout))):
+        if given.get(name, allowed[0]) not in allowed:
+            raise InputError(
+                f"{file}: header field {name} is {given[name]!r}, expected {' or '.join(allowed)}"
+            )
+    if not math.isfinite(given.get("validation_perplexity", 0.0)):
+        given.pop("validation_perplexity")
+    return PromptMetadata(**given)
+
+
+def fingerprint_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
+    """sha256 over what turns text into ids: every token with its id, and the merges or scores.
+
+    What a tokenizer adds around the text, pads or cuts is no part of it, nor is the class that loaded it.
+    """
+    content: dict[str, Any] = {"vocab": sorted(tokenizer.get_vocab().items())}
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        model = json.loads(backend.to_str())["model"]
+        content["merges"] = [
+            pair.split(" ") if isinstance(pair, str) else pair for pair in model.get("merges") or []
+        ]
+        content["scores"] = model["vocab"] if isinstance(model.get("vocab"), list) else None
+    return hashlib.sha256(json.dumps(content, ensure_ascii=True).encode()).hexdigest()
+
+
+def fingerprint_embedding(weight: torch.Tensor) -> str:
+    """sha256 over the shape and the signs of an embedding table (rows, width).
+
+    Compression leaves the table alone but may store it in another float format; a sign survives every such
+    cast where bytes do not (bfloat16 to float16 loses the smallest values).
+    """
+    digest = hashlib.sha256(str(tuple(weight.shape)).encode())
+    powers = 2 ** torch.arange(8, dtype=torch.uint8)
+    for rows in weight.detach().split(8192):  # bounded memory for tables of gigabytes
+        signs = torch.signbit(rows).flatten().to("cpu", torch.uint8)
+        signs = torch.nn.functional.pad(signs, (0, -signs.numel() % 8))
+        digest.update((signs.view(-1, 8) * powers).sum(1, dtype=torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def check_fits(
+    prompt: Prompt, *, tokenizer: PreTrainedTokenizerBase, embedding: torch.Tensor, model: str
+) -> tuple[str, ...]:
+    """Refuse a prompt that was learned for another model; return a line per fact that could not be verified.
+
+    `embedding` is the model's input embedding table (rows, width). A prompt that was learned on another
+    compression of the same model fits. Raises InputError with the reason.
+    """
+    facts = prompt.metadata
+    rows, width = embedding.shape
+    learned_on = f" (learned on {facts.base_model})" if facts.base_model else ""
+    if prompt.embedding_dim != width:
+        raise InputError(
+            f"the prompt{learned_on} is {prompt.embedding_dim} wide, the embeddings of {model} are {width} wide",
+            hint="a prompt fits compressions of the model it was learned on, not other models",
+        )
+    checks = (
+        ("tokenizer", facts.tokenizer_fingerprint, lambda: fingerprint_tokenizer(tokenizer)),
+        ("embedding table", facts.embedding_fingerprint, lambda: fingerprint_embedding(embedding)),
+    )
+    unverified = []
+    for what, expected, compute in checks:
+        if expected is None:
+            unverified.append(f"the prompt does not say which {what} it was learned with: not verified")
+        elif expected != compute():
+            raise InputError(
+                f"the prompt{learned_on} was learned with another {what} than that of {model}",
+                hint="a prompt fits compressions of the model it was learned on, not other models",
+            )
+    return tuple(unverified)

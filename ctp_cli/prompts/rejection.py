@@ -1,0 +1,160 @@
+"""Output-head rows that keep the prompt's tokens out of every prediction, and the probability they still get.
+
+A zero row is no way out: its logit 0 is not "impossible". The row has to point away from every final hidden
+state.
+"""
+
+# D=width of the head's input  N=hidden states  T=tokens
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from ctp_cli.errors import InputError
+from ctp_cli.prompts.file import Prompt
+
+TARGET_MASS = 1e-6
+"""Good enough to stop looking for a better row."""
+MAX_MASS = 1e-4
+"""More than this is an error."""
+_WINDOW_TOKENS = 128
+_LOWEST_BIAS = -1e4  # far below any logit, and finite in float16
+# (ridge, logit at the mean): the mean's own direction first, which is the least that has to be believed of a
+# sample
+_ATTEMPTS = ((None, -30.0), (None, -60.0), (1.0, -30.0), (0.1, -30.0), (0.1, -60.0), (0.01, -60.0))
+
+
+@dataclass(frozen=True, eq=False)
+class RejectionRow:
+    """A head row (D,) in the head's dtype, its bias if the head has one, and the probability left on the
+    prompt's tokens together: the mean and the maximum over the positions of the sample text."""
+
+    weight: torch.Tensor
+    bias: float | None
+    mass_mean: float
+    mass_max: float
+
+
+@torch.no_grad()
+def prompted_embeddings(
+    model: PreTrainedModel, prompt: Prompt, ids_T: torch.Tensor, *, bos_id: int | None
+) -> torch.Tensor:
+    """(1, [1 +] num_virtual_tokens + T, width): what the model sees for [BOS,] prompt, text, in the model's
+    dtype.
+    """
+    embed = model.get_input_embeddings()
+    rows = prompt.embeddings.to(embed.weight.device, embed.weight.dtype)
+    parts = [embed(torch.tensor([bos_id], device=rows.device))] if bos_id is not None else []
+    return torch.cat([*parts, rows, embed(ids_T.to(rows.device))])[None]
+
+
+@torch.no_grad()
+def find_rejection_row(
+    model: PreTrainedModel, prompt: Prompt, sample_ids_T: torch.Tensor, *, bos_id: int | None
+) -> RejectionRow:
+    """The head row for the prompt's tokens, chosen and measured on the model with the prompt before the
+    sample text.
+
+    The row is fitted to half of the text and measured on all of it. Raises InputError if the probability
+    left on the prompt's tokens is above MAX_MASS anywhere.
+    """
+    head = model.get_output_embeddings()
+    start = (
+        prompt.num_virtual_tokens + (bos_id is not None) - 1
+    )  # the prompt's last position predicts the text's first token
+    windows = list(_windows(model, sample_ids_T, start + 1))
+    inputs = [prompted_embeddings(model, prompt, window, bos_id=bos_id) for window in windows]
+    if getattr(head, "bias", None) is not None:
+        candidates = iter([(torch.zeros_like(head.weight[0]), _LOWEST_BIAS)])
+    else:
+        hidden_ND = torch.cat([_final_hidden(model, x)[start:] for x in inputs[::2]])
+        candidates = ((row.to(head.weight.dtype), None) for row in _candidate_rows(hidden_ND.double()))
+    best: RejectionRow | None = None
+    for weight, bias in candidates:
+        mass = torch.cat([_mass(model, x, weight, bias, prompt.num_virtual_tokens)[start:] for x in inputs])
+        found = RejectionRow(weight, bias, float(mass.mean()), float(mass.max()))
+        if best is None or found.mass_max < best.mass_max:
+            best = found
+        if best.mass_max <= TARGET_MASS:
+            break
+    assert best is not None
+    if not best.mass_max <= MAX_MASS:  # NaN must not pass
+        raise InputError(
+            f"the prompt's tokens would keep up to {best.mass_max:.1e} of the probability (at most {MAX_MASS:.0e} is allowed): "
+            "no head row points away from all hidden states of this model",
+            hint="use --format peft, which needs no tokens",
+        )
+    return best
+
+
+def _windows(model: PreTrainedModel, ids_T: torch.Tensor, before: int) -> Iterator[torch.Tensor]:
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 10**9
+    room = min(_WINDOW_TOKENS, limit - before, max(1, ids_T.numel() // 2))
+    if room < 1:
+        raise InputError(
+            f"the prompt takes {before} of the model's {limit} positions: no room is left for text"
+        )
+    return (window for window in ids_T.split(room))
+
+
+def _candidate_rows(hidden_ND: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Rows whose logit at the mean hidden state mu is the given one; ridge None is the direction of mu
+    itself.
+
+    With a ridge the direction is (C + ridge * mean(diag C) I)^-1 mu, C the covariance: of all rows with that
+    logit at the mean, the one whose logits vary least.
+    """
+    mu_D = hidden_ND.mean(0)
+    centered_ND = hidden_ND - mu_D
+    C_DD = centered_ND.T @ centered_ND / len(hidden_ND)
+    for ridge, logit in _ATTEMPTS:
+        if ridge is None:
+            direction_D = mu_D
+        else:
+            shift = ridge * C_DD.diagonal().mean()
+            direction_D = torch.linalg.solve(
+                C_DD + shift * torch.eye(len(C_DD), dtype=C_DD.dtype, device=C_DD.device), mu_D
+            )
+        yield logit * direction_D / (direction_D @ mu_D)
+
+
+def _final_hidden(model: PreTrainedModel, inputs_embeds: torch.Tensor) -> torch.Tensor:
+    """(positions, D): what the head reads, after the final norm and any projection."""
+    seen: list[torch.Tensor] = []
+
+    def keep(_: nn.Module, args: tuple[Any, ...]) -> None:
+        seen.append(args[0])
+
+    handle = model.get_output_embeddings().register_forward_pre_hook(keep)
+    try:
+        model(inputs_embeds=inputs_embeds, use_cache=False)
+    finally:
+        handle.remove()
+    return seen[0][0]
+
+
+def _mass(
+    model: PreTrainedModel, inputs_embeds: torch.Tensor, weight: torch.Tensor, bias: float | None, tokens: int
+) -> torch.Tensor:
+    """(positions,) float64: the probability of `tokens` tokens with this head row, next to all others.
+
+    The row goes through the model as one more output of the head, so that soft caps and scales apply to it
+    too.
+    """
+
+    def append(_: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
+        extra = F.linear(args[0], weight[None], None if bias is None else weight.new_tensor([bias]))
+        return torch.cat([output, extra], dim=-1)
+
+    handle = model.get_output_embeddings().register_forward_hook(append)
+    try:
+        logits = model(inputs_embeds=inputs_embeds, use_cache=False).logits[0].double()
+    finally:
+        handle.remove()
+    own = logits[:, -1] + torch.log(torch.tensor(float(tokens), dtype=torch.float64))
+    return torch.exp(own - torch.logaddexp(torch.logsumexp(logits[:, :-1], dim=-1), own))

@@ -1,0 +1,311 @@
+"""Vocabulary stitching: the prompt becomes new tokens of an ordinary checkpoint, which any engine serves.
+
+Only embedding table, output head and tokenizer are written; every file whose tensors do not change is
+linked, unread.
+"""
+
+# R=rows of the embedding table  E=embedding width  D=width of the head's input
+
+import copy
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from torch.func import functional_call
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from ctp_cli.errors import InputError, UnsupportedModelError
+from ctp_cli.files import read_json, whole_file, write_json
+from ctp_cli.models.loading import weight_files
+from ctp_cli.progress import SILENT, Progress
+from ctp_cli.prompts import shards
+from ctp_cli.prompts.file import Prompt
+from ctp_cli.prompts.rejection import RejectionRow, find_rejection_row
+from ctp_cli.prompts.vocab import StitchedTokenizer, check_saved_tokenizer, extend_tokenizer, save_tokenizer
+
+INDEX = "model.safetensors.index.json"
+_VOCABULARY_SHARD = "model-vocabulary.safetensors"
+_REST_SHARD = "model-rest.safetensors"
+_COPIED = ("quantize_config.json", "LICENSE*", "NOTICE*")
+
+
+@dataclass(frozen=True)
+class StitchedCheckpoint:
+    """What stitching did. Bytes are those of weight files; masses are shares of the probability, see
+    rejection.py.
+    """
+
+    token_ids: tuple[int, ...]
+    vocabulary_rows: int
+    mass_mean: float
+    mass_max: float
+    linked_bytes: int
+    written_bytes: int
+    text_positions: int | None
+    """Positions that the prompt [and BOS] leaves for text, None if the model sets no limit."""
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class TableNames:
+    """Names of the tensors that grow with the vocabulary, as transformers names them."""
+
+    embedding: str
+    head: str
+    head_bias: str | None
+
+
+def stitch_vocabulary(
+    prompt: Prompt,
+    *,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    base: Path,
+    folder: Path,
+    sample_ids: torch.Tensor,
+    progress: Progress = SILENT,
+) -> StitchedCheckpoint:
+    """Write into the empty `folder` the checkpoint `base` with the prompt as part of its vocabulary.
+
+    `model` and `tokenizer` are what `base` loads as; `sample_ids` (T,) is text to measure on, a few hundred
+    tokens.
+    Raises InputError for a checkpoint that cannot carry a prompt; then nothing was written.
+    """
+    names = table_names(model.config)
+    stored = _stored_names(names, base)
+    extended = extend_tokenizer(tokenizer, prompt.num_virtual_tokens, layout=prompt.metadata.layout)
+    rows = _row_count(model.get_input_embeddings().weight.shape[0], extended.token_ids)
+    config = _stitched_config(base, rows)
+    _check_only_tables_grow(model.config, rows, names)
+    bos_id = tokenizer.bos_token_id if prompt.metadata.layout == "bos-prompt-text" else None
+    progress.say("measuring the head rows of the prompt's tokens")
+    row = find_rejection_row(model, prompt, sample_ids, bos_id=bos_id)
+    tensors = _grown_tables(prompt, model, extended.token_ids, rows, row, stored)
+
+    write_json(folder / "config.json", config)
+    _write_generation_config(base, model, extended.token_ids, folder)
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    save_tokenizer(extended, folder, model_max_length=positions)
+    check_saved_tokenizer(extended, tokenizer, folder)
+    progress.say("writing embedding table and head")
+    linked, written = _write_weights(base, folder, tensors)
+    for pattern in _COPIED:
+        for path in base.glob(pattern):
+            shards.link_or_copy(path, folder / path.name)
+    return StitchedCheckpoint(
+        token_ids=extended.token_ids,
+        vocabulary_rows=rows,
+        mass_mean=row.mass_mean,
+        mass_max=row.mass_max,
+        linked_bytes=linked,
+        written_bytes=written,
+        text_positions=None if positions is None else positions - len(extended.head_ids),
+        notes=(*extended.notes, *_notes(model, tensors[stored.head], extended)),
+    )
+
+
+def table_names(config: PretrainedConfig) -> TableNames:
+    """Find embedding table and head in a model without weights; no family is named anywhere.
+
+    Raises UnsupportedModelError for an encoder-decoder, or a model without a plain table and head.
+    """
+    if config.is_encoder_decoder:
+        raise UnsupportedModelError(f"{config.model_type} is an encoder-decoder: prompts are for decoders")
+    skeleton = _skeleton(config)
+    named = {id(module): name for name, module in skeleton.named_modules()}
+    embedding, head = skeleton.get_input_embeddings(), skeleton.get_output_embeddings()
+    if not isinstance(embedding, nn.Embedding) or not isinstance(head, nn.Linear):
+        raise UnsupportedModelError(
+            f"{config.model_type}: embedding or head is not a plain table", hint="use --format peft"
+        )
+    head_name = named[id(head)]
+    return TableNames(
+        f"{named[id(embedding)]}.weight",
+        f"{head_name}.weight",
+        f"{head_name}.bias" if head.bias is not None else None,
+    )
+
+
+def _skeleton(config: PretrainedConfig) -> PreTrainedModel:
+    plain = copy.deepcopy(config)
+    if hasattr(plain, "quantization_config"):
+        del plain.quantization_config  # packed layers are not what is looked at here
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(plain, trust_remote_code=False)
+
+
+def _check_only_tables_grow(config: PretrainedConfig, rows: int, names: TableNames) -> None:
+    """Some architectures keep further tables per token: those would be left too short."""
+    grown = copy.deepcopy(config)
+    text_config = grown.get_text_config()
+    text_config.vocab_size = rows
+    before, after = _skeleton(config).state_dict(), _skeleton(grown).state_dict()
+    changed = {name for name in after if name not in before or before[name].shape != after[name].shape}
+    others = sorted(changed - {names.embedding, names.head, names.head_bias})
+    if others:
+        raise UnsupportedModelError(
+            f"{config.model_type}: {', '.join(others[:3])} also depend on the vocabulary size",
+            hint="use --format peft",
+        )
+
+
+def _stored_names(names: TableNames, base: Path) -> TableNames:
+    """The names as this checkpoint spells them: older files leave out the prefix of the decoder."""
+    files = weight_files(base)
+    if f"{names.head.removesuffix('.weight')}.qweight" in files:
+        raise UnsupportedModelError(f"{base}: its output head is quantized", hint="use --format peft")
+    spellings = [name for name in files if name == names.embedding or names.embedding.endswith(f".{name}")]
+    if names.embedding not in spellings and len(spellings) != 1:
+        raise InputError(f"{base}: holds no tensor {names.embedding}", hint="is the checkpoint complete?")
+    embedding = names.embedding if names.embedding in spellings else spellings[0]
+    return TableNames(embedding, names.head, names.head_bias)
+
+
+def _row_count(base_rows: int, token_ids: Iterable[int]) -> int:
+    """Rows after stitching. Where the base's count is a multiple of 64, which some engines want, it stays
+    one.
+    """
+    rows = max(base_rows, max(token_ids) + 1)
+    return rows if base_rows % 64 else -(-rows // 64) * 64
+
+
+@torch.no_grad()
+def _grown_tables(
+    prompt: Prompt,
+    model: PreTrainedModel,
+    token_ids: tuple[int, ...],
+    rows: int,
+    row: RejectionRow,
+    names: TableNames,
+) -> dict[str, torch.Tensor]:
+    """Embedding table (R, E), head (R, D) and bias (R,) by name, in the model's dtype.
+
+    Rows of padding that no token owns get the prompt tokens' head row as well: they are no more likely than
+    those.
+    """
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    old = embedding.weight
+    ids = torch.tensor(token_ids, device=old.device)
+    table_RE = old.new_zeros(rows, old.shape[1])
+    table_RE[: len(old)] = old
+    table_RE[ids] = (prompt.embeddings.to(old.device) / embedding_scale(embedding)).to(old.dtype)
+    head_RD = row.weight.to(head.weight.dtype).repeat(rows, 1)
+    head_RD[: len(head.weight)] = head.weight
+    head_RD[ids] = row.weight.to(head.weight.dtype)
+    tensors = {names.embedding: table_RE, names.head: head_RD}
+    if names.head_bias is not None and row.bias is not None:
+        bias_R = head.bias.new_full((rows,), row.bias)
+        bias_R[: len(head.bias)] = head.bias
+        bias_R[ids] = row.bias
+        tensors[names.head_bias] = bias_R
+    return tensors
+
+
+@torch.no_grad()
+def embedding_scale(embedding: nn.Embedding) -> float:
+    """What the module multiplies its rows with: 1, or in Gemma sqrt(width). Asked of the module itself.
+
+    Raises UnsupportedModelError if it does something else to them.
+    """
+    weight = embedding.weight
+    pattern_E = torch.linspace(-1, 1, weight.shape[1], device=weight.device, dtype=weight.dtype)
+    ids = torch.zeros(1, dtype=torch.long, device=weight.device)
+
+    def output(row_E: torch.Tensor) -> torch.Tensor:
+        # an expanded row stands for a whole table of it and takes no memory
+        return functional_call(embedding, {"weight": row_E.expand(weight.shape)}, (ids,))[0]
+
+    scale = output(torch.ones_like(pattern_E))[0].item()
+    expected_E = pattern_E * torch.tensor(scale, dtype=weight.dtype, device=weight.device)
+    if not scale or not torch.allclose(output(pattern_E).float(), expected_E.float(), rtol=2e-2, atol=1e-3):
+        raise UnsupportedModelError(
+            f"{type(embedding).__name__} does more than scale its rows", hint="use --format peft"
+        )
+    return scale
+
+
+def _stitched_config(base: Path, rows: int) -> dict[str, Any]:
+    """The base's own config.json with the new vocabulary size, untied; nothing else is touched."""
+    config = read_json(base / "config.json")
+    sections = [config]
+    if isinstance(config.get("text_config"), dict):
+        sections.append(config["text_config"])
+    for section in sections:
+        if "vocab_size" in section or section is sections[-1]:
+            section["vocab_size"] = rows
+        section["tie_word_embeddings"] = False
+    if "tokenizer_class" in config:
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    return config
+
+
+def _write_generation_config(
+    base: Path, model: PreTrainedModel, token_ids: Iterable[int], folder: Path
+) -> None:
+    file = base / "generation_config.json"
+    if file.is_file():
+        content = read_json(file)
+    else:  # from now on there is a file, so it has to say what was read from config.json without one
+        content = json.loads(GenerationConfig.from_model_config(model.config).to_json_string(use_diff=True))
+        content.pop("_from_model_config", None)
+    content["suppress_tokens"] = sorted({*(content.get("suppress_tokens") or []), *token_ids})
+    write_json(folder / "generation_config.json", content)
+
+
+def _write_weights(base: Path, folder: Path, tensors: dict[str, torch.Tensor]) -> tuple[int, int]:
+    """Link every file without changed tensors, copy the rest of the others, write the new ones. Returns the
+    bytes linked and written.
+
+    An index over old files would not do: transformers reads every tensor of every file it names.
+    """
+    weight_map: dict[str, str] = {}
+    linked = written = total = 0
+    for source in sorted(set(weight_files(base).values())):
+        held = set(shards.read_header(source).tensors)
+        kept = held - tensors.keys()
+        if not kept:
+            continue
+        # a file called model.safetensors would be read instead of the index
+        name = _REST_SHARD if source.name == "model.safetensors" else source.name
+        if kept == held and shards.link_or_copy(source, folder / name):
+            linked += source.stat().st_size
+        elif kept == held:
+            written += source.stat().st_size
+        else:
+            written += shards.copy_without(source, folder / name, tensors.keys())
+        weight_map |= dict.fromkeys(kept, name)
+        total += shards.read_header(folder / name).tensor_bytes
+    with whole_file(folder / _VOCABULARY_SHARD) as beside:
+        save_file(
+            {name: t.cpu().contiguous() for name, t in tensors.items()}, beside, metadata={"format": "pt"}
+        )
+    weight_map |= dict.fromkeys(tensors, _VOCABULARY_SHARD)
+    written += (folder / _VOCABULARY_SHARD).stat().st_size
+    total += shards.read_header(folder / _VOCABULARY_SHARD).tensor_bytes
+    write_json(
+        folder / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    )
+    return linked, written
+
+
+def _notes(model: PreTrainedModel, head: torch.Tensor, extended: StitchedTokenizer) -> list[str]:
+    notes = []
+    if model.get_output_embeddings().weight is model.get_input_embeddings().weight:
+        megabytes = head.numel() * head.element_size() / 1e6
+        notes.append(f"a tied model gains a dense head ({megabytes:,.0f} MB); --format peft avoids it")
+    if not extended.tokenizer.chat_template:
+        notes.append(
+            "the tokenizer has no chat template: engines get the prompt from the post-processor alone"
+        )
+    return notes

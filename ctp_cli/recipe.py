@@ -1,0 +1,274 @@
+"""A recipe: what to do, with every default stated once, here. Loads YAML and `--set` overrides; imports no torch.
+
+A recipe file states only what differs from the defaults. The command line builds the same sections.
+"""
+
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from ctp_cli.errors import RecipeError
+
+_NM = re.compile(r"^(\d+):(\d+)$")
+_TIME = re.compile(r"^(\d+(?:\.\d+)?)(s|m|h)$")
+_UNIT_SECONDS = {"s": 1.0, "m": 60.0, "h": 3600.0}
+
+
+def _check_sparsity(value: float | str | None) -> float | str | None:
+    if isinstance(value, str):
+        match = _NM.match(value)
+        if match is None:
+            try:
+                value = float(value)
+            except ValueError:
+                raise ValueError("give a fraction such as 0.5, or n:m such as '2:4'") from None
+        else:
+            kept, of = int(match[1]), int(match[2])
+            if not 0 < kept < of <= 64:
+                raise ValueError(f"n:m keeps n of every m weights and needs 0 < n < m <= 64, got {value}")
+            return value
+    if value is not None and value >= 1 and value == int(value):
+        raise ValueError(f"{value:g} is not a fraction; YAML reads an unquoted 2:4 as a number: write '2:4'")
+    if value is not None and not 0 < value < 1:
+        raise ValueError(f"a fraction lies between 0 and 1, got {value:g}")
+    return value
+
+
+def _read_time(value: Any) -> Any:
+    if isinstance(value, str):
+        match = _TIME.match(value)
+        if match is None:
+            raise ValueError("give a time such as 90s, 30m or 1.5h")
+        return float(match[1]) * _UNIT_SECONDS[match[2]]
+    return value
+
+
+Seconds = Annotated[float, BeforeValidator(_read_time), Field(gt=0)]
+Sparsity = Annotated[float | str | None, AfterValidator(_check_sparsity)]
+
+
+class Section(BaseModel):
+    """Strict: an unknown key is an error, and a section never changes once made."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class CompressSection(Section):
+    """`ctp compress`: what is pruned, what is quantized, how, and on which text."""
+
+    sparsity: Sparsity = None
+    """Fraction of each layer's weights set to zero, or 'n:m': n of every m inputs are kept. None: no pruning."""
+    bits: Literal[2, 3, 4, 8] | None = None
+    """Bits per kept weight, without scales. None: no quantization."""
+    group_size: Literal["auto", "row"] | Annotated[int, Field(ge=8)] = "auto"
+    """Inputs that share a scale. auto: the largest of 128, 64, 32 that divides every layer; row: one per output."""
+    symmetric: bool = True
+    """Zero in the middle of the grid (vLLM needs it); False: a zero point per group."""
+    mse_clip: bool = True
+    """Shrink each group's range to the one with the least squared error instead of its full range."""
+    act_order: Literal["none", "column", "group"] = "group"
+    """Columns with larger inputs first: freely (desc_act), or group by group so that groups stay contiguous."""
+    true_sequential: bool = True
+    """Within a block, each layer sees the outputs of the layers before it already compressed."""
+    dampening: Annotated[float, Field(gt=0, lt=1)] = 0.01
+    """Added to the Hessian's diagonal; a share of its mean (percdamp in GPTQ)."""
+    pruner: Literal["sparsegpt", "wanda", "magnitude"] = "sparsegpt"
+    quantizer: Literal["gptq", "rtn"] = "gptq"
+    """rtn is round-to-nearest."""
+    calibration: str | None = None
+    """Text to calibrate on; see `ctp compress --help`. None: pydoc for the embedded model, c4 otherwise."""
+    windows: Annotated[int, Field(ge=1)] = 64
+    """Calibration windows."""
+    seqlen: Annotated[int, Field(ge=8)] = 1024
+    """Tokens per calibration window."""
+    format: Literal["auto", "dense", "gptq"] = "auto"
+    """auto: gptq where there are bits, dense otherwise."""
+
+    @model_validator(mode="after")
+    def _something_to_do(self) -> "CompressSection":
+        if self.sparsity is None and self.bits is None:
+            raise ValueError("nothing to do: give sparsity, bits or both")
+        if self.format == "gptq" and self.bits is None:
+            raise ValueError("format gptq stores quantized weights: give bits, or format dense")
+        if self.act_order == "column" and isinstance(self.sparsity, str):
+            raise ValueError("act_order column tears n:m blocks apart: use group or none")
+        return self
+
+
+class LearnSection(Section):
+    """`ctp learn`: a soft prompt on a frozen model."""
+
+    tokens: Annotated[int, Field(ge=1, le=4096)] = 100
+    """num_virtual_tokens: rows of the prompt."""
+    steps: Annotated[int, Field(ge=1)] | None = None
+    """Optimizer steps. None: as many as fit `max_time`."""
+    max_time: Seconds = 1800.0
+    """Seconds of learning when `steps` is not given; sets the number of steps after a few timed ones."""
+    batch_size: Annotated[int, Field(ge=1)] = 4
+    seqlen: Annotated[int, Field(ge=8)] = 512
+    """Text tokens per sequence; the prompt stands before them."""
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-2
+    warmup_share: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    """Share of the steps over which the learning rate rises linearly; it then falls linearly to zero."""
+    gradient_clip: Annotated[float, Field(gt=0)] = 1.0
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    text: str | None = None
+    """Text to learn from. None: pydoc for the embedded model, c4 otherwise."""
+    validation: str | None = None
+    """Text that selects the best prompt: never the text later reported. None: the same source's validation part."""
+    validate_every: Annotated[int, Field(ge=1)] = 50
+    """Steps between validations; each also saves the state to go on from."""
+    validation_windows: Annotated[int, Field(ge=1)] = 16
+    patience: Annotated[int, Field(ge=1)] = 10
+    """Validations without a better prompt before learning stops."""
+    seed: int = 0
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    """accelerate's; the frozen model keeps its checkpoint's dtype, the prompt is float32 in any case."""
+
+
+class StitchSection(Section):
+    """`ctp stitch`: prompt + checkpoint -> checkpoint."""
+
+    format: Literal["vocab", "peft"] = "vocab"
+
+
+class EvalSection(Section):
+    """`ctp eval`: perplexity as defined in the README."""
+
+    ppl: tuple[str, ...] = ()
+    """Texts to report on. Empty: pydoc:test for the embedded model, c4 otherwise."""
+    seqlen: Annotated[int, Field(ge=8)] = 1024
+    windows: Annotated[int, Field(ge=2)] = 256
+    """At most this many windows of each text."""
+    batch_size: Annotated[int, Field(ge=1)] = 4
+    convention: Literal["true", "paper"] = "true"
+    """paper: counts prompt positions as the published evaluator did; only for comparison with the publication."""
+    max_ppl: Annotated[float, Field(gt=1)] | None = None
+    """Gate: finish with exit code 4 if any perplexity is above."""
+
+
+class BenchSection(Section):
+    """`ctp bench`: latency against prompt length."""
+
+    prompt_len: tuple[Annotated[int, Field(ge=0, le=4096)], ...] = (0, 25, 50, 75, 100)
+    seqlen: Annotated[int, Field(ge=2)] = 1024
+    """Text tokens before the first generated one."""
+    new_tokens: Annotated[int, Field(ge=2)] = 16
+    """Tokens generated to time one of them."""
+    rounds: Annotated[int, Field(ge=1)] = 5
+    """Each configuration is measured once per round; configurations take turns."""
+    max_latency_ms: Annotated[float, Field(gt=0)] | None = None
+    """Gate: finish with exit code 4 if the median time per token is above."""
+
+
+class Recipe(Section):
+    """A whole recipe. A section that is absent is a stage that does not run."""
+
+    model: str = "smollm2-135m"
+    output: str
+    """Folder for everything the recipe makes, relative to the current folder."""
+    seed: int = 0
+    device: str = "auto"
+    compress: CompressSection | None = None
+    learn: LearnSection | None = None
+    stitch: StitchSection | None = None
+    eval: EvalSection | None = None
+    bench: BenchSection | None = None
+
+    @model_validator(mode="after")
+    def _stages_fit(self) -> "Recipe":
+        if not any((self.compress, self.learn, self.stitch, self.eval, self.bench)):
+            raise ValueError("nothing to do: name at least one stage (compress, learn, stitch, eval, bench)")
+        if self.stitch and not self.learn:
+            raise ValueError("stitch needs the prompt that learn makes: add a learn section")
+        return self
+
+
+SectionType = TypeVar("SectionType", bound=BaseModel)
+
+
+def build(section: type[SectionType], given: Mapping[str, Any], *, where: str = "") -> SectionType:
+    """A section from what was given (None means not given); every problem is reported at once."""
+    try:
+        return section.model_validate({key: value for key, value in given.items() if value is not None})
+    except ValidationError as error:
+        lines = [_problem(section, item, where) for item in error.errors()]
+        raise RecipeError("\n       ".join(lines)) from None
+
+
+def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """A recipe from a YAML file, with `section.key=value` overrides (values are YAML too)."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: cannot be read ({error})", hint="give the path of a recipe, e.g. recipes/quickstart.yaml") from None
+    content = _yaml(text, str(path))
+    if not isinstance(content, dict):
+        raise RecipeError(f"{path}: a recipe is a mapping of sections, found {type(content).__name__}")
+    for override in overrides:
+        key, separator, value = override.partition("=")
+        if not separator or not key:
+            raise RecipeError(f"--set {override}: write it as section.key=value")
+        _assign(content, key.split("."), _yaml(value, f"--set {override}"), override)
+    content = {key: {} if value is None and key in _STAGES else value for key, value in content.items()}
+    return build(Recipe, content, where=str(path))
+
+
+_STAGES = ("compress", "learn", "stitch", "eval", "bench")
+
+
+def _yaml(text: str, where: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise RecipeError(f"{where}: not YAML ({' '.join(str(error).split())})") from None
+
+
+def _assign(content: dict[Any, Any], keys: list[str], value: Any, override: str) -> None:
+    for key in keys[:-1]:
+        child = content.get(key)
+        if child is None:
+            child = content[key] = {}
+        if not isinstance(child, dict):
+            raise RecipeError(f"--set {override}: {key} is not a section")
+        content = child
+    content[keys[-1]] = value
+
+
+def _problem(section: type[BaseModel], item: Any, where: str) -> str:
+    path = [str(part) for part in item["loc"] if not _is_branch_label(str(part))]
+    place = ".".join(path) or "recipe"
+    message = item["msg"].removeprefix("Value error, ")
+    if item["type"] == "extra_forbidden":
+        message = "unknown key"
+        known = _keys_at(section, path[:-1])
+        if close := difflib.get_close_matches(path[-1], known, n=1):
+            message += f", did you mean {close[0]}?"
+        elif known:
+            message += f"; known here: {', '.join(known)}"
+    elif item["type"] != "missing" and not isinstance(item.get("input"), dict):
+        message += f" (got {item.get('input')!r})"
+    return f"{where + ': ' if where else ''}{place}: {message}"
+
+
+def _is_branch_label(part: str) -> bool:
+    # pydantic adds the branch of a union ("literal['auto','row']", "constrained-int") to the path of a problem
+    return part in {"float", "str", "int"} or part.startswith(("literal[", "constrained-", "function-"))
+
+
+def _keys_at(section: type[BaseModel], path: list[str]) -> list[str]:
+    model: Any = section
+    for key in path:
+        field = model.model_fields.get(key)
+        if field is None:
+            return []
+        options = [field.annotation, *getattr(field.annotation, "__args__", ())]
+        model = next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), None)
+        if model is None:
+            return []
+    return list(model.model_fields)

@@ -1,0 +1,300 @@
+"""Compress a model: load, calibrate, solve block by block, save each block as it is done, finish as one artifact."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ctp_cli.artifact import Workspace, folder_fingerprint, refuse_existing, workspace
+from ctp_cli.checkpoints import gptq, writer
+from ctp_cli.compression.blockwise import LayerResult, compress_block
+from ctp_cli.compression.grid import GridRule
+from ctp_cli.compression.masks import MaskRule
+from ctp_cli.compression.solver import SolverRule
+from ctp_cli.data.sources import Text, load_text
+from ctp_cli.data.windows import token_ids, windows
+from ctp_cli.errors import InputError, RecipeError
+from ctp_cli.files import read_json, write_json
+from ctp_cli.models.blocks import Block, LinearLayer, advance, find_blocks, start_walk
+from ctp_cli.models.loading import load_config, load_model, load_tokenizer
+from ctp_cli.models.resolve import ResolvedModel
+from ctp_cli.progress import SILENT, Progress
+from ctp_cli.recipe import CompressSection
+
+KIND = "compressed-checkpoint"
+AUTO_GROUP_SIZES = (128, 64, 32)
+_BATCH_TOKENS = 8192
+
+
+@dataclass(frozen=True)
+class CompressReport:
+    """What was made. Bits count everything stored: codes, scales, zeros, indices and what was left uncompressed."""
+
+    path: Path
+    checkpoint_bytes: int
+    original_bytes: int
+    bits_per_weight: float
+    linear_bits_per_weight: float
+    linear_sparsity: float
+    mean_relative_error: float | None
+    seconds: float
+    notes: tuple[str, ...]
+
+
+def output_name(model: ResolvedModel, section: CompressSection) -> str:
+    """smollm2-135m-s50-w4: what the checkpoint holds."""
+    parts = [model.name]
+    if isinstance(section.sparsity, str):
+        parts.append("s" + section.sparsity.replace(":", "of"))
+    elif section.sparsity is not None:
+        parts.append(f"s{section.sparsity * 100:g}".replace(".", "p"))
+    if section.bits is not None:
+        parts.append(f"w{section.bits}")
+    return "-".join(parts)
+
+
+def default_text(model: ResolvedModel) -> str:
+    """The embedded model is for trying things out without a network; any other model gets the field's usual text."""
+    return "pydoc" if model.embedded else "c4"
+
+
+def identity(section: CompressSection, model: ResolvedModel, calibration: Text) -> dict[str, Any]:
+    """Everything the resulting bytes depend on."""
+    return {
+        "model": {"name": model.name, "sha256": folder_fingerprint(model.path)},
+        "compress": section.model_dump(exclude={"calibration"}),
+        "calibration": {"source": calibration.source, "sha256": calibration.sha256},
+    }
+
+
+def compress(
+    section: CompressSection,
+    *,
+    model: ResolvedModel,
+    output: Path,
+    device: str = "cpu",
+    force: bool = False,
+    progress: Progress = SILENT,
+) -> CompressReport:
+    """Raises CtpError kinds for whatever the user can mend; unfinished work is kept in `output`.partial."""
+    refuse_existing(output, force=force)
+    config = load_config(model.path)
+    if getattr(config, "quantization_config", None) is not None:
+        raise InputError(f"{model.path}: already quantized", hint="compress the original model")
+    tokenizer = load_tokenizer(model.path)
+    calibration = load_text(section.calibration or default_text(model), default_part="train")
+    ids_NT = windows(token_ids(calibration, tokenizer), section.seqlen, most=section.windows, text=calibration)
+    network = load_model(model.path, device=device)
+    blocks = find_blocks(network)
+    job = _Job.plan(section, network, blocks)
+    with workspace(output, kind=KIND, identity=identity(section, model, calibration), force=force) as space:
+        report = _Run(job, space, network, blocks, progress).run(ids_NT.to(device))
+        job.write_shared_files(space.path, network, tokenizer)
+        sizes = _sizes(space, network, blocks)
+        notes = _notes(job, sizes)
+        space.finish(
+            {
+                "recipe": {"model": model.name, "compress": section.model_dump()},
+                "inputs": space.identity,
+                "calibration": {
+                    "source": calibration.source,
+                    "sha256": calibration.sha256,
+                    "windows": ids_NT.shape[0],
+                    "seqlen": section.seqlen,
+                },
+                "format": job.format,
+                "base_model": model.name,
+                "results": sizes | {"layers": report, "notes": notes},
+            }
+        )
+    errors = [layer["relative_error"] for layer in report if layer["relative_error"] is not None]
+    return CompressReport(
+        path=output,
+        mean_relative_error=sum(errors) / len(errors) if errors else None,
+        linear_sparsity=sum(x["zeros"] for x in report) / sum(x["weights"] for x in report),
+        seconds=time.monotonic() - space.started,
+        notes=notes,
+        **sizes,
+    )
+
+
+@dataclass(frozen=True)
+class _Job:
+    section: CompressSection
+    rule: SolverRule
+    settings: gptq.GPTQSettings | None
+
+    @property
+    def format(self) -> str:
+        return "dense" if self.settings is None else "gptq"
+
+    @classmethod
+    def plan(cls, section: CompressSection, network: PreTrainedModel, blocks: Sequence[Block]) -> "_Job":
+        """All that can be refused is refused here, before anything is computed."""
+        layers = [layer for block in blocks for layer in block.layers]
+        rule = solver_rule(section, layers)
+        if section.bits is None or section.format == "dense":
+            return cls(section, rule, None)
+        for layer in layers:
+            gptq.check_packable(layer.name, *layer.weight_OI.shape, section.bits)
+        grid = rule.grid
+        assert grid is not None
+        return cls(
+            section,
+            rule,
+            gptq.GPTQSettings(
+                bits=section.bits,
+                group_size=grid.group_size or -1,
+                symmetric=section.symmetric,
+                desc_act=section.act_order == "column",
+                dampening=section.dampening,
+                true_sequential=section.true_sequential,
+            ),
+        )
+
+    def write_shared_files(self, folder: Path, network: PreTrainedModel, tokenizer: Any) -> None:
+        writer.write_index(folder)
+        writer.write_configuration(folder, network, tokenizer, settings=self.settings)
+
+
+def solver_rule(section: CompressSection, layers: Sequence[LinearLayer]) -> SolverRule:
+    """The section as the solver's rule. Raises RecipeError naming a layer that a group size or n:m does not divide."""
+    mask = None if section.sparsity is None else MaskRule.parse(section.sparsity)
+    grid = None
+    if section.bits is not None:
+        group = _group_size(section.group_size, layers)
+        grid = GridRule(section.bits, group, section.symmetric, section.mse_clip)
+    for layer in layers:
+        in_features = layer.weight_OI.shape[1]
+        for what, unit in (
+            ("compress.group_size: ", grid.group_size if grid else None),
+            ("compress.sparsity: m = ", mask.m if mask else None),
+        ):
+            if unit and in_features % unit:
+                raise RecipeError(
+                    f"{what}{unit} does not divide the {in_features} inputs of {layer.name}",
+                    hint=f"use a divisor of {in_features}, e.g. {_divisor_near(in_features, unit)}",
+                )
+    if mask and mask.m and grid and grid.group_size and grid.group_size % mask.m and mask.m % grid.group_size:
+        raise RecipeError(f"compress: n:m runs of {mask.m} do not fit groups of {grid.group_size}", hint="make one divide the other")
+    return SolverRule(mask, grid, section.pruner, section.quantizer, section.act_order, section.dampening)
+
+
+def _group_size(asked: str | int, layers: Sequence[LinearLayer]) -> int | None:
+    if asked == "row":
+        return None
+    if isinstance(asked, int):
+        return asked
+    widths = [layer.weight_OI.shape[1] for layer in layers]
+    for size in AUTO_GROUP_SIZES:
+        if all(width % size == 0 for width in widths):
+            return size
+    raise RecipeError(
+        f"compress.group_size: none of {AUTO_GROUP_SIZES} divides every layer's inputs ({sorted(set(widths))})",
+        hint="give --group-size row, or a size that divides them all",
+    )
+
+
+def _divisor_near(number: int, wanted: int) -> int:
+    return min((d for d in range(1, number + 1) if number % d == 0), key=lambda d: (abs(d - wanted), -d))
+
+
+@dataclass
+class _Run:
+    """One pass over the blocks; finished blocks are on disk and are only read back."""
+
+    job: _Job
+    space: Workspace
+    network: PreTrainedModel
+    blocks: list[Block]
+    progress: Progress
+
+    def run(self, ids_NT: Tensor) -> list[dict[str, Any]]:
+        names = writer.ShardNames(len(self.blocks))
+        outside = self.space.path / names.outside()
+        if not outside.exists():
+            writer.write_shard(outside, writer.outside_tensors(self.network, self.blocks))
+        batch = max(1, _BATCH_TOKENS // ids_NT.shape[1])
+        state = start_walk(self.network, self.blocks, [(ids_BT, None) for ids_BT in ids_NT.split(batch)])
+        if self.space.resumed:
+            self.progress.say(f"going on with the unfinished work in {self.space.path}")
+        self.progress.start("compress", len(self.blocks))
+        report: list[dict[str, Any]] = []
+        for block in self.blocks:
+            shard = self.space.path / names.block(block.index)
+            record = shard.with_suffix(".layers")
+            if shard.exists() and record.exists():
+                writer.restore_block(block, shard, settings=self.job.settings)
+                rows = read_json(record)["layers"]
+            else:
+                results = compress_block(
+                    block, state, self.job.rule, true_sequential=self.job.section.true_sequential
+                )
+                rows = [_layer_row(result) for result in results]
+                write_json(record, {"layers": rows})
+                writer.write_shard(shard, writer.block_tensors(block, results, settings=self.job.settings))
+            report += rows
+            advance(block, state)
+            _refuse_nan(block, state.hidden_BTD)
+            self.progress.advance(note=_note(rows))
+        self.progress.finish()
+        for record in self.space.path.glob("*.layers"):
+            record.unlink()
+        return report
+
+
+def _refuse_nan(block: Block, hidden_BTD: list[Tensor]) -> None:
+    if not all(torch.isfinite(x_BTD).all() for x_BTD in hidden_BTD):
+        raise InputError(f"{block.name}: its outputs hold NaN or infinity", hint="does the uncompressed model run on this text?")
+
+
+def _layer_row(result: LayerResult) -> dict[str, Any]:
+    weight = result.solution.weight_OI
+    return {
+        "name": result.layer.name,
+        "shape": list(weight.shape),
+        "weights": weight.numel(),
+        "zeros": int((weight == 0).sum()),
+        "calibration_tokens": result.tokens,
+        "relative_error": result.relative_error,
+        "dampening": result.solution.dampening,
+        "solve_seconds": round(result.solve_seconds, 4),
+    }
+
+
+def _note(rows: list[dict[str, Any]]) -> str:
+    errors = [row["relative_error"] for row in rows if row["relative_error"] is not None]
+    return f"relative error {sum(errors) / len(errors):.4f}" if errors else ""
+
+
+def _sizes(space: Workspace, network: PreTrainedModel, blocks: Sequence[Block]) -> dict[str, Any]:
+    shards = {path.name: path.stat().st_size for path in space.path.glob("*.safetensors")}
+    parameters = writer.parameter_count(network)
+    linear = sum(layer.weight_OI.numel() for block in blocks for layer in block.layers)
+    unlinear = sum(p.numel() for block in blocks for p in block.module.parameters()) - linear
+    bits = writer.dtype_bits(network.dtype)
+    names = writer.ShardNames(len(blocks))
+    in_blocks = sum(size for name, size in shards.items() if name != names.outside())
+    return {
+        "checkpoint_bytes": sum(shards.values()),
+        "original_bytes": parameters * bits // 8,
+        "bits_per_weight": sum(shards.values()) * 8 / parameters,
+        "linear_bits_per_weight": (in_blocks * 8 - unlinear * bits) / linear,
+    }
+
+
+def _notes(job: _Job, sizes: dict[str, Any]) -> tuple[str, ...]:
+    notes = []
+    if job.section.sparsity is not None:
+        what = f"a dense {job.section.bits}-bit one" if job.settings else "the original"
+        notes.append(
+            f"format {job.format} stores pruned weights like any other: this checkpoint is no smaller than {what}"
+        )
+    if job.settings is None and job.section.bits is not None:
+        notes.append(f"format dense stores the rounded weights in {sizes['bits_per_weight']:.0f} bits each")
+    return tuple(notes)

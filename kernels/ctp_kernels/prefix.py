@@ -1,0 +1,80 @@
+"""A soft prompt is a prefix: its keys and values are the same for every input, so they are computed once.
+
+    prefix = prefix_cache(model, prompt_PD)
+    logits_BTV = model(ids_BT, past_key_values=fresh_copy(prefix, batch_size=B)).logits
+
+gives what `model(inputs_embeds=[prompt, text])` gives at the positions of the text. No mask or positions
+need to be passed: transformers derives both from the cache's length, for learned, rotary and ALiBi
+positions alike. A mask, where one is needed for padding, covers prompt and text: (B, P + T).
+"""
+
+# P=prompt_tokens D=embedding_width B=batch T=tokens V=vocabulary H=heads C=head_width
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
+
+
+@torch.no_grad()
+def prefix_cache(model: nn.Module, prompt_embeddings: Tensor) -> Cache:
+    """Run the prompt through a Hugging Face causal LM once and keep its keys and values.
+
+    Shapes: prompt_embeddings (P, D), P >= 1, any float dtype and device; they are moved to the model's.
+    Returns: a cache of batch size 1 and P positions. A forward pass grows the cache it is given: hand it
+    `fresh_copy(cache, batch_size=...)`, never this one.
+    Raises: ValueError if the prompt is empty or not as wide as the model's token embeddings.
+    """
+    embedding = check_width(model, prompt_embeddings)
+    if not len(prompt_embeddings):
+        raise ValueError("a prefix needs at least one prompt row")
+    inputs_1PD = prompt_embeddings.to(embedding.device, embedding.dtype)[None]
+    cache: Cache = model(inputs_embeds=inputs_1PD, use_cache=True, logits_to_keep=1).past_key_values
+    return cache
+
+
+def fresh_copy(cache: Cache, batch_size: int) -> Cache:
+    """A cache of `batch_size` equal entries that starts where `cache` stands and may be grown freely.
+
+    Shapes: per layer, keys and values (1, H, P, C) become (batch_size, H, P, C).
+    Costs nothing for ordinary attention layers: they grow by concatenation into new tensors and never write
+    into the old ones, so the copy looks at the same memory. Layers of other kinds (recurrent states) are
+    copied in full.
+    Raises: ValueError if `cache` does not have batch size 1.
+    """
+    copied = copy.copy(cache)
+    copied.layers = [_copy_layer(layer, batch_size) for layer in cache.layers]
+    return copied
+
+
+def cache_bytes(cache: Cache) -> int:
+    """Bytes of the keys and values a cache holds."""
+    tensors = [t for layer in cache.layers for t in vars(layer).values() if isinstance(t, Tensor)]
+    return sum(t.numel() * t.element_size() for t in tensors if t.dim() == 4)
+
+
+def check_width(model: Any, prompt_embeddings: Tensor) -> Tensor:
+    """The model's token embedding table (V, D), after checking that the prompt (P, D) fits it."""
+    table: Tensor = model.get_input_embeddings().weight
+    if prompt_embeddings.dim() != 2 or prompt_embeddings.shape[1] != table.shape[1]:
+        raise ValueError(
+            f"prompt_embeddings: expected shape (prompt tokens, {table.shape[1]}), the width of this model's "
+            f"token embeddings, got {tuple(prompt_embeddings.shape)}"
+        )
+    return table
+
+
+def _copy_layer(layer: Any, batch_size: int) -> Any:
+    if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+        copied = copy.deepcopy(layer)
+        if batch_size > 1:
+            copied.batch_repeat_interleave(batch_size)
+        return copied
+    copied = copy.copy(layer)
+    if layer.is_initialized:  # a layer that shares another one's keys and values never is
+        if layer.keys.shape[0] != 1:
+            raise ValueError(f"the prefix has batch size {layer.keys.shape[0]}, expected 1")
+        copied.keys = layer.keys.expand(batch_size, -1, -1, -1)
+        copied.values = layer.values.expand(batch_size, -1, -1, -1)
+    return copied

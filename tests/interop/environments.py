@@ -1,0 +1,85 @@
+"""One requirements file, one cached environment: tests/interop/NAME.txt becomes ~/.cache/ctp/interop/NAME.
+
+Foreign readers need library versions that cannot live beside ours, so each gets a virtual environment of its own. It is
+kept in the cache and built again only when its requirements file, or the Python that runs it, changes.
+
+    python tests/interop/environments.py gptqmodel     # prints the path of that environment's python
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+
+
+class BuildError(RuntimeError):
+    """An environment could not be built; the message says which step and what to do."""
+
+
+def environment_names() -> list[str]:
+    """Names of all environments: one per requirements file beside this script."""
+    return sorted(path.stem for path in HERE.glob("*.txt"))
+
+
+def environment_folder(name: str) -> Path:
+    """Where the environment lives, whether or not it exists."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cache / "ctp" / "interop" / name
+
+
+def environment_python(name: str) -> Path:
+    """The environment's interpreter, built first where it is missing or out of date.
+
+    Raises: BuildError if there is no such requirements file, or a build step fails.
+    """
+    requirements = HERE / f"{name}.txt"
+    if not requirements.is_file():
+        known = ", ".join(environment_names())
+        raise BuildError(f"no environment named {name!r}: add {requirements.name}, or use one of: {known}")
+    folder = environment_folder(name)
+    python = folder / "bin" / "python"
+    stamp = folder / "built-from.sha256"
+    wanted = _fingerprint(requirements)
+    if not (python.exists() and stamp.exists() and stamp.read_text() == wanted):
+        _build(folder, python, requirements)
+        stamp.write_text(wanted)  # last, so that an interrupted build starts over
+    return python
+
+
+def _fingerprint(requirements: Path) -> str:
+    return hashlib.sha256(sys.version.encode() + requirements.read_bytes()).hexdigest()
+
+
+def _build(folder: Path, python: Path, requirements: Path) -> None:
+    print(f"building the {folder.name} environment in {folder} (the first time: minutes, gigabytes)", file=sys.stderr)
+    shutil.rmtree(folder, ignore_errors=True)
+    _step([sys.executable, "-m", "venv", str(folder)])
+    install = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-cache-dir"]
+    _step([*install, "--requirement", str(requirements)])
+
+
+def _step(command: list[str]) -> None:
+    code = subprocess.run(command, stdout=sys.stderr).returncode  # stdout carries only the interpreter's path
+    if code:
+        raise BuildError(f"exit code {code} from: {' '.join(command)}\nread its output above, then run this again")
+
+
+def main() -> int:
+    """Build the environments named on the command line (default: all) and print their interpreters."""
+    try:
+        for name in sys.argv[1:] or environment_names():
+            print(environment_python(name))
+    except BuildError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
