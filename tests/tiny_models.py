@@ -19,7 +19,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 VOCAB_SIZE = 320
 CHAT_TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}[{{ message['role'] }}]{{ message['content'] }}\n{% endfor %}"
+    "{{ bos_token }}{% for message in messages %}"
+    "[{{ message['role'] }}]{{ message['content'] }}\n{% endfor %}"
     "{% if add_generation_prompt %}[assistant]{% endif %}"
 )
 
@@ -112,9 +113,11 @@ def tiny_model(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-        for (
-            parameter
-        ) in model.parameters():  # biases and norms start at 0 and 1, where a mistake would not show
+        # the rows of real tables share a direction, and so do the final hidden states of real models
+        table = model.get_input_embeddings().weight
+        table.data += 0.25 * torch.randn(table.shape[1])
+        # biases and norms start at 0 and 1, where a mistake would not show
+        for parameter in model.parameters():
             if parameter.dim() == 1:
                 parameter.data += 0.05 * torch.randn_like(parameter)
     model.save_pretrained(folder)

@@ -7,6 +7,7 @@ colour.
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from ctp_kernels.profiling import LatencyReport, LatencyRow, Quartiles
 from matplotlib.axes import Axes
@@ -24,6 +25,10 @@ _BAR_STYLES = (
     ("#E69F00", "xx"),
     ("#CC79A7", "--"),
 )
+_LATENCY_STYLES: dict[bool, dict[str, Any]] = {  # by whether the prefix was reused
+    False: {"color": VERMILLION, "marker": "o", "linestyle": "-", "label": "prompt computed each time"},
+    True: {"color": BLUE, "marker": "s", "linestyle": "--", "label": "prompt's keys and values reused"},
+}
 _DPI = 150
 _MOST_LENGTH_TICKS = 6  # so few measured lengths can all be written below the axis
 _LOG_SPAN = 12.0  # past this ratio of the largest to the smallest bar, the small ones vanish on a linear axis
@@ -33,43 +38,34 @@ def latency_figure(report: LatencyReport, path: Path, *, title: str) -> None:
     """Write a PNG: time to the first token and per further one against prompt length, with quartile bands."""
     figure = Figure(figsize=(9.6, 4.2), layout="constrained")
     first, further = figure.subplots(1, 2)
-    lines = {
-        reused: [r for r in report.rows if r.prefix_reused == reused or not r.prompt_tokens]
-        for reused in (False, True)
-    }
+    lines = [
+        (style, [row for row in report.rows if row.prefix_reused == reused or not row.prompt_tokens])
+        for reused, style in _LATENCY_STYLES.items()
+    ]
+    lengths = [row.prompt_tokens for row in lines[0][1]]
     for axes, attribute in ((first, "first_token"), (further, "per_token")):
-        _latency_line(
-            axes,
-            lines[False],
-            attribute,
-            colour=VERMILLION,
-            marker="o",
-            style="-",
-            label="prompt computed each time",
-        )
-        _latency_line(
-            axes,
-            lines[True],
-            attribute,
-            colour=BLUE,
-            marker="s",
-            style="--",
-            label="prompt's keys and values reused",
-        )
-        axes.set_ylim(0, axes.get_ylim()[1] * 1.12)
+        for style, rows in lines:
+            _latency_line(axes, rows, attribute, style)
+        axes.set_ylim(0, axes.get_ylim()[1] * 1.05)
         axes.set_xlabel("prompt length (tokens)")
-        if len(lines[False]) <= _MOST_LENGTH_TICKS:
-            axes.set_xticks([row.prompt_tokens for row in lines[False]])
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
+        if len(lengths) <= _MOST_LENGTH_TICKS:
+            axes.set_xticks(lengths)
+        if lengths[-1]:
+            axes.set_xlim(right=lengths[-1] * 1.18)  # room for the ratios
+            _ratio_notes(axes, [(style, rows[-1]) for style, rows in lines], attribute)
         _plain(axes)
     first.set_ylabel(f"time to first token (ms), {report.seqlen} text tokens")
     further.set_ylabel("time per further token (ms)")
-    first.legend(loc="lower left", frameon=False)
-    figure.suptitle(title)
-    figure.supxlabel(
-        f"median and quartiles of {report.rounds} rounds; the number is the median ratio to no prompt",
-        fontsize=8,
-        color="#555555",
+    figure.legend(
+        *first.get_legend_handles_labels(),
+        title=f"median and quartiles of {report.rounds} rounds; × is the median ratio to no prompt",
+        title_fontsize=8,
+        loc="outside lower center",
+        ncols=2,
+        frameon=False,
     )
+    figure.suptitle(title)
     _save(figure, path)
 
 
@@ -159,41 +155,25 @@ def share_won_back(full: float, compressed: float, prompted: float) -> float | N
     return (compressed - prompted) / (compressed - full) if compressed > full else None
 
 
-def _latency_line(
-    axes: Axes,
-    rows: Sequence[LatencyRow],
-    attribute: str,
-    *,
-    colour: str,
-    marker: str,
-    style: str,
-    label: str,
-) -> None:
+def _latency_line(axes: Axes, rows: Sequence[LatencyRow], attribute: str, style: Mapping[str, Any]) -> None:
     spreads: list[Quartiles] = [getattr(row, f"{attribute}_ms") for row in rows]
     lengths = [row.prompt_tokens for row in rows]
-    axes.fill_between(
-        lengths, [s.low for s in spreads], [s.high for s in spreads], color=colour, alpha=0.18, linewidth=0
-    )
-    axes.plot(
-        lengths,
-        [s.median for s in spreads],
-        color=colour,
-        marker=marker,
-        linestyle=style,
-        markersize=5,
-        label=label,
-    )
-    if rows[-1].prompt_tokens:
-        ratio: Quartiles = getattr(rows[-1], f"{attribute}_ratio")
-        below = rows[-1].prefix_reused  # the two lines may end in one place: one note above, one below
+    low, high = [s.low for s in spreads], [s.high for s in spreads]
+    axes.fill_between(lengths, low, high, color=style["color"], alpha=0.18, linewidth=0)
+    axes.plot(lengths, [s.median for s in spreads], markersize=5, **style)
+
+
+def _ratio_notes(axes: Axes, ends: Sequence[tuple[Mapping[str, Any], LatencyRow]], attribute: str) -> None:
+    """Right of the lines' ends; the upper line's note grows upwards, so that close ends stay readable."""
+    lowest_first = sorted(ends, key=lambda end: getattr(end[1], f"{attribute}_ms").median)
+    for (style, row), alignment in zip(lowest_first, ("top", "bottom"), strict=True):
         axes.annotate(
-            f"×{ratio.median:.2f}",
-            (lengths[-1], spreads[-1].low if below else spreads[-1].high),
-            (0, -6 if below else 6),
+            f"×{getattr(row, f'{attribute}_ratio').median:.2f}",
+            (row.prompt_tokens, getattr(row, f"{attribute}_ms").median),
+            (7, 0),
             textcoords="offset points",
-            ha="center",
-            va="top" if below else "bottom",
-            color=colour,
+            va=alignment,
+            color=style["color"],
             fontsize=9,
         )
 
@@ -207,7 +187,7 @@ def _bar_note(bars: Mapping[str, tuple[float, float]], labels: Sequence[str], in
     if share is None:
         return text
     # almost all is not all
-    return f"{share:.1%} won back\n{text}" if 0.99 <= share < 1 else f"{share:.0%} won back\n{text}"
+    return f"{share:.1%}\nwon back\n{text}" if 0.99 <= share < 1 else f"{share:.0%}\nwon back\n{text}"
 
 
 def _perplexity_scale(axes: Axes, values: Sequence[float]) -> None:

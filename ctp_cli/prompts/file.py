@@ -189,11 +189,11 @@ def check_fits(
     compression of the same model fits. Raises InputError with the reason.
     """
     facts = prompt.metadata
-    rows, width = embedding.shape
+    width = embedding.shape[1]
     learned_on = f" (learned on {facts.base_model})" if facts.base_model else ""
     if prompt.embedding_dim != width:
         raise InputError(
-            f"the prompt{learned_on} is {prompt.embedding_dim} wide, the embeddings of {model} are {width} wide",
+            f"the prompt{learned_on} is {prompt.embedding_dim} wide, the embeddings of {model} are {width}",
             hint="a prompt fits compressions of the model it was learned on, not other models",
         )
     checks = (

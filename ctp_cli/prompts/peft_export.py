@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from ctp_cli.errors import UnsupportedModelError
 from ctp_cli.files import whole_file, write_json
+from ctp_cli.models.loading import decoder_embedding
 from ctp_cli.prompts.file import Prompt
 
 
@@ -26,7 +27,7 @@ def export_peft(
         raise UnsupportedModelError(f"{config.model_type} is an encoder-decoder: prompts are for decoders")
     rows = prompt.embeddings
     if bos_id is not None:
-        embed = model.get_input_embeddings()
+        embed = decoder_embedding(model)
         bos_row = embed(torch.tensor([bos_id], device=embed.weight.device)).float().cpu()
         rows = torch.cat([bos_row, rows])
     text_config = config.get_text_config()

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from ctp_cli.errors import InputError
+from ctp_cli.models.loading import decoder_embedding
 from ctp_cli.prompts.file import Prompt
 
 TARGET_MASS = 1e-6
@@ -29,6 +30,9 @@ _LOWEST_BIAS = -1e4  # far below any logit, and finite in float16
 _ATTEMPTS = ((None, -30.0), (None, -60.0), (1.0, -30.0), (0.1, -30.0), (0.1, -60.0), (0.01, -60.0))
 
 
+Candidate = tuple[torch.Tensor, float | None]
+
+
 @dataclass(frozen=True, eq=False)
 class RejectionRow:
     """A head row (D,) in the head's dtype, its bias if the head has one, and the probability left on the
@@ -40,6 +44,13 @@ class RejectionRow:
     mass_max: float
 
 
+def output_head(model: PreTrainedModel) -> nn.Linear:
+    """The module that turns final hidden states into logits."""
+    head = model.get_output_embeddings()
+    assert isinstance(head, nn.Linear), type(head)
+    return head
+
+
 @torch.no_grad()
 def prompted_embeddings(
     model: PreTrainedModel, prompt: Prompt, ids_T: torch.Tensor, *, bos_id: int | None
@@ -47,7 +58,7 @@ def prompted_embeddings(
     """(1, [1 +] num_virtual_tokens + T, width): what the model sees for [BOS,] prompt, text, in the model's
     dtype.
     """
-    embed = model.get_input_embeddings()
+    embed = decoder_embedding(model)
     rows = prompt.embeddings.to(embed.weight.device, embed.weight.dtype)
     parts = [embed(torch.tensor([bos_id], device=rows.device))] if bos_id is not None else []
     return torch.cat([*parts, rows, embed(ids_T.to(rows.device))])[None]
@@ -63,14 +74,15 @@ def find_rejection_row(
     The row is fitted to half of the text and measured on all of it. Raises InputError if the probability
     left on the prompt's tokens is above MAX_MASS anywhere.
     """
-    head = model.get_output_embeddings()
+    head = output_head(model)
     start = (
         prompt.num_virtual_tokens + (bos_id is not None) - 1
     )  # the prompt's last position predicts the text's first token
-    windows = list(_windows(model, sample_ids_T, start + 1))
+    known_T = sample_ids_T[sample_ids_T < len(decoder_embedding(model).weight)]  # some tokenizers know more
+    windows = list(_windows(model, known_T, start + 1))
     inputs = [prompted_embeddings(model, prompt, window, bos_id=bos_id) for window in windows]
-    if getattr(head, "bias", None) is not None:
-        candidates = iter([(torch.zeros_like(head.weight[0]), _LOWEST_BIAS)])
+    if head.bias is not None:
+        candidates: Iterator[Candidate] = iter([(torch.zeros_like(head.weight[0]), _LOWEST_BIAS)])
     else:
         hidden_ND = torch.cat([_final_hidden(model, x)[start:] for x in inputs[::2]])
         candidates = ((row.to(head.weight.dtype), None) for row in _candidate_rows(hidden_ND.double()))
@@ -85,8 +97,8 @@ def find_rejection_row(
     assert best is not None
     if not best.mass_max <= MAX_MASS:  # NaN must not pass
         raise InputError(
-            f"the prompt's tokens would keep up to {best.mass_max:.1e} of the probability (at most {MAX_MASS:.0e} is allowed): "
-            "no head row points away from all hidden states of this model",
+            f"the prompt's tokens would keep up to {best.mass_max:.1e} of the probability, at most "
+            f"{MAX_MASS:.0e} is allowed: no head row points away from all hidden states of this model",
             hint="use --format peft, which needs no tokens",
         )
     return best
@@ -130,7 +142,7 @@ def _final_hidden(model: PreTrainedModel, inputs_embeds: torch.Tensor) -> torch.
     def keep(_: nn.Module, args: tuple[Any, ...]) -> None:
         seen.append(args[0])
 
-    handle = model.get_output_embeddings().register_forward_pre_hook(keep)
+    handle = output_head(model).register_forward_pre_hook(keep)
     try:
         model(inputs_embeds=inputs_embeds, use_cache=False)
     finally:
@@ -151,7 +163,7 @@ def _mass(
         extra = F.linear(args[0], weight[None], None if bias is None else weight.new_tensor([bias]))
         return torch.cat([output, extra], dim=-1)
 
-    handle = model.get_output_embeddings().register_forward_hook(append)
+    handle = output_head(model).register_forward_hook(append)
     try:
         logits = model(inputs_embeds=inputs_embeds, use_cache=False).logits[0].double()
     finally:

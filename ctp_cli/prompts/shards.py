@@ -75,9 +75,10 @@ def read_header(file: Path) -> Header:
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise InputError(f"{file}: its metadata is not text", hint=_DAMAGED_HINT)
     header = Header(tensors, metadata, 8 + length)
-    if header.data_start + header.tensor_bytes != size:
+    described = header.data_start + header.tensor_bytes
+    if described != size:
         raise InputError(
-            f"{file}: {size:,} bytes long, its header describes {header.data_start + header.tensor_bytes:,}: cut off or damaged",
+            f"{file}: {size:,} bytes long, its header describes {described:,}: cut off or damaged",
             hint=_DAMAGED_HINT,
         )
     return header

@@ -24,14 +24,15 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.core_model_loading import revert_weight_conversion
 
 from ctp_cli.errors import InputError, UnsupportedModelError
 from ctp_cli.files import read_json, whole_file, write_json
-from ctp_cli.models.loading import weight_files
+from ctp_cli.models.loading import decoder_embedding, weight_files
 from ctp_cli.progress import SILENT, Progress
 from ctp_cli.prompts import shards
 from ctp_cli.prompts.file import Prompt
-from ctp_cli.prompts.rejection import RejectionRow, find_rejection_row
+from ctp_cli.prompts.rejection import RejectionRow, find_rejection_row, output_head
 from ctp_cli.prompts.vocab import StitchedTokenizer, check_saved_tokenizer, extend_tokenizer, save_tokenizer
 
 INDEX = "model.safetensors.index.json"
@@ -82,10 +83,10 @@ def stitch_vocabulary(
     tokens.
     Raises InputError for a checkpoint that cannot carry a prompt; then nothing was written.
     """
-    names = table_names(model.config)
-    stored = _stored_names(names, base)
+    names, saved = table_names(model.config)
+    stored = _stored_names(saved, base)
     extended = extend_tokenizer(tokenizer, prompt.num_virtual_tokens, layout=prompt.metadata.layout)
-    rows = _row_count(model.get_input_embeddings().weight.shape[0], extended.token_ids)
+    rows = _row_count(decoder_embedding(model).weight.shape[0], extended.token_ids)
     config = _stitched_config(base, rows)
     _check_only_tables_grow(model.config, rows, names)
     bos_id = tokenizer.bos_token_id if prompt.metadata.layout == "bos-prompt-text" else None
@@ -115,10 +116,12 @@ def stitch_vocabulary(
     )
 
 
-def table_names(config: PretrainedConfig) -> TableNames:
+def table_names(config: PretrainedConfig) -> tuple[TableNames, TableNames]:
     """Find embedding table and head in a model without weights; no family is named anywhere.
 
-    Raises UnsupportedModelError for an encoder-decoder, or a model without a plain table and head.
+    Returns the names in the model and those in a checkpoint of it, which differ where transformers renamed a
+    module later (GPT-NeoX: lm_head is stored as embed_out). Raises UnsupportedModelError for an
+    encoder-decoder, or a model without a plain table and head.
     """
     if config.is_encoder_decoder:
         raise UnsupportedModelError(f"{config.model_type} is an encoder-decoder: prompts are for decoders")
@@ -130,11 +133,15 @@ def table_names(config: PretrainedConfig) -> TableNames:
             f"{config.model_type}: embedding or head is not a plain table", hint="use --format peft"
         )
     head_name = named[id(head)]
-    return TableNames(
-        f"{named[id(embedding)]}.weight",
-        f"{head_name}.weight",
-        f"{head_name}.bias" if head.bias is not None else None,
-    )
+    names = [f"{named[id(embedding)]}.weight", f"{head_name}.weight"]
+    if head.bias is not None:
+        names.append(f"{head_name}.bias")
+    saved = [next(iter(revert_weight_conversion(skeleton, {name: torch.empty(0)}))) for name in names]
+    return _names(names), _names(saved)
+
+
+def _names(names: list[str]) -> TableNames:
+    return TableNames(names[0], names[1], names[2] if len(names) > 2 else None)
 
 
 def _skeleton(config: PretrainedConfig) -> PreTrainedModel:
@@ -194,7 +201,7 @@ def _grown_tables(
     Rows of padding that no token owns get the prompt tokens' head row as well: they are no more likely than
     those.
     """
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    embedding, head = decoder_embedding(model), output_head(model)
     old = embedding.weight
     ids = torch.tensor(token_ids, device=old.device)
     table_RE = old.new_zeros(rows, old.shape[1])
@@ -301,7 +308,7 @@ def _write_weights(base: Path, folder: Path, tensors: dict[str, torch.Tensor]) -
 
 def _notes(model: PreTrainedModel, head: torch.Tensor, extended: StitchedTokenizer) -> list[str]:
     notes = []
-    if model.get_output_embeddings().weight is model.get_input_embeddings().weight:
+    if output_head(model).weight is decoder_embedding(model).weight:
         megabytes = head.numel() * head.element_size() / 1e6
         notes.append(f"a tied model gains a dense head ({megabytes:,.0f} MB); --format peft avoids it")
     if not extended.tokenizer.chat_template:

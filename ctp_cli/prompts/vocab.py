@@ -47,6 +47,12 @@ def token_names(count: int) -> list[str]:
     return [f"<|ctp_{index}|>" for index in range(count)]
 
 
+def token_ids(tokenizer: PreTrainedTokenizerBase, names: Sequence[str]) -> tuple[int, ...]:
+    ids = tokenizer.convert_tokens_to_ids(list(names))
+    assert isinstance(ids, list)
+    return tuple(ids)
+
+
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, *, layout: Layout) -> None:
     """Raises InputError for a tokenizer that cannot carry a prompt."""
     if getattr(tokenizer, "backend_tokenizer", None) is None:
@@ -74,7 +80,7 @@ def extend_tokenizer(tokenizer: PreTrainedTokenizerBase, count: int, *, layout: 
     extended.add_tokens(
         [AddedToken(name, special=True, normalized=False) for name in names], special_tokens=True
     )
-    ids = tuple(extended.convert_tokens_to_ids(names))
+    ids = token_ids(extended, names)
     head = [(str(tokenizer.bos_token), int(tokenizer.bos_token_id))] if layout == "bos-prompt-text" else []
     head += zip(names, ids, strict=True)
     backend = json.loads(extended.backend_tokenizer.to_str())
@@ -237,7 +243,7 @@ def check_saved_tokenizer(stitched: StitchedTokenizer, base: PreTrainedTokenizer
     loaded = AutoTokenizer.from_pretrained(folder)
     problem = None
     names = token_names(len(stitched.token_ids))
-    if tuple(loaded.convert_tokens_to_ids(names)) != stitched.token_ids:
+    if token_ids(loaded, names) != stitched.token_ids:
         problem = "gives the prompt's tokens other ids"
     for text in _PROBE_TEXTS:
         bare = base(text, add_special_tokens=False)["input_ids"]

@@ -61,9 +61,7 @@ def bench(
         prompt_path = prompt_path / PROMPT_FILE
     given = load_prompt(prompt_path) if prompt_path else None
     inputs = {"model": _input(model_path), "prompt": _input(prompt_path) if prompt_path else None}
-    # the gate decides the exit code, not the numbers
-    settings = section.model_dump(exclude={"max_latency_ms"})
-    identity = {"bench": settings, "device": str(where), "inputs": inputs}
+    identity = {"bench": section.model_dump(), "device": str(where), "inputs": inputs}
     with artifact.workspace(output, kind=KIND, identity=identity, force=force) as work:
         progress.say(f"loading {model_path.name}")
         model = load_model(model_path, device=str(where))

@@ -73,7 +73,7 @@ def test_latency_lines_start_at_no_prompt_and_show_medians(tmp_path, drawn):
     assert computed.get_xydata().tolist() == [[0, 100], [25, 103], [50, 108]]
     assert reused.get_xydata().tolist() == [[0, 100], [25, 101], [50, 102]]
     assert further.lines[1].get_xydata().tolist() == [[0, 10], [25, 10.2], [50, 10.4]]
-    assert _texts(first) == ["×1.08", "×1.02"]
+    assert _texts(first) == ["×1.02", "×1.08"]
     band = first.collections[1].get_paths()[0].get_extents()
     assert (band.y0, band.y1) == pytest.approx((100 * 0.9, 102 * 1.2))
     assert (
@@ -92,7 +92,7 @@ def test_recovery_bars_show_values_errors_and_the_share_won_back(tmp_path, drawn
     }
     assert heights == {"full": [20, 45], "compressed": [60, 44], "compressed + prompt": [30, 43]}
     # (60 - 30) / (60 - 20); ptb lost nothing, so no share of the loss can be named
-    assert _texts(axes) == ["20.00", "45.00", "60.00", "44.00", "75% won back\n30.00", "43.00"]
+    assert _texts(axes) == ["20.00", "45.00", "60.00", "44.00", "75%\nwon back\n30.00", "43.00"]
     errors = [bars.lines[2][0].get_segments() for bars in axes.containers if not hasattr(bars, "patches")]
     assert [[high - low for (_, low), (_, high) in each] for each in errors] == [
         pytest.approx(both) for both in ([1, 2], [4, 2], [1.6, 1.8])

@@ -1,0 +1,208 @@
+"""Stitch a prompt and a checkpoint into one thing: an ordinary checkpoint, or a PEFT adapter for the
+checkpoint.
+"""
+
+import contextlib
+import pydoc_data.topics
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ctp_cli.artifact import (
+    IDENTITY,
+    MANIFEST,
+    Workspace,
+    file_fingerprint,
+    manifest_of,
+    refuse_existing,
+    workspace,
+)
+from ctp_cli.errors import CtpError, InputError, OutputError, UnfinishedError
+from ctp_cli.models.loading import decoder_embedding, load_model, load_tokenizer
+from ctp_cli.progress import SILENT, Progress
+from ctp_cli.prompts.file import Prompt, check_fits, fingerprint_embedding, fingerprint_tokenizer, load_prompt
+from ctp_cli.prompts.peft_export import export_peft
+from ctp_cli.prompts.stitching import stitch_vocabulary
+from ctp_cli.prompts.vocab import check_tokenizer
+from ctp_cli.recipe import StitchSection
+
+KINDS = {"vocab": "stitched-checkpoint", "peft": "peft-adapter"}
+_SAMPLE_TOKENS = 512
+_SAMPLE_TOPIC = "typesseq"
+
+
+@dataclass(frozen=True)
+class StitchReport:
+    """What was made. The masses are the probability left on the prompt's tokens over a sample of text, None
+    for an adapter, which has no tokens. Bytes are those of weight files: linked ones take no new space."""
+
+    path: Path
+    format: str
+    mass_mean: float | None
+    mass_max: float | None
+    linked_bytes: int
+    written_bytes: int
+    notes: tuple[str, ...]
+
+
+def stitch(
+    section: StitchSection,
+    *,
+    prompt_path: Path,
+    model_path: Path,
+    output: Path,
+    force: bool = False,
+    progress: Progress = SILENT,
+) -> StitchReport:
+    """Raises InputError for a prompt or checkpoint that does not fit; then nothing is kept."""
+    refuse_existing(output, force=force)
+    if output.resolve() == model_path.resolve():
+        raise OutputError(f"{output} is the model itself", hint="choose another name with -o")
+    prompt = load_prompt(prompt_path)
+    if prompt.metadata.kind != "soft-prompt":
+        raise InputError(
+            f"{prompt_path}: a {prompt.metadata.kind} cannot be stitched", hint="learn a soft-prompt"
+        )
+    progress.say(f"loading {model_path}")
+    tokenizer = load_tokenizer(model_path)
+    check_tokenizer(tokenizer, layout=prompt.metadata.layout)
+    model = load_model(model_path)
+    table = decoder_embedding(model).weight
+    unverified = check_fits(prompt, tokenizer=tokenizer, embedding=table, model=str(model_path))
+    inputs = _inputs(prompt_path, prompt, model_path, model, tokenizer)
+    identity = {"stitch": section.model_dump(), **inputs}
+    with (
+        workspace(output, kind=KINDS[section.format], identity=identity, force=force) as space,
+        _all_or_nothing(space),
+    ):
+        if section.format == "peft":
+            report, details = _peft(space, prompt, model, tokenizer, model_path, unverified)
+        else:
+            report, details = _vocab(space, prompt, model, tokenizer, model_path, unverified, progress)
+        base = manifest_of(model_path) or {}
+        space.finish(
+            {
+                "recipe": {"stitch": section.model_dump()},
+                "inputs": inputs,
+                "format": section.format,
+                "base_model": base.get("base_model"),
+                "prompt": asdict(prompt.metadata) | {"num_virtual_tokens": prompt.num_virtual_tokens},
+                "results": details,
+            }
+        )
+    return report
+
+
+def sample_ids(tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
+    """(T,) a few hundred tokens of neutral text: a reference topic that ships inside every Python."""
+    text = pydoc_data.topics.topics[_SAMPLE_TOPIC]
+    return torch.tensor(
+        tokenizer(text[: 8 * _SAMPLE_TOKENS], add_special_tokens=False)["input_ids"][:_SAMPLE_TOKENS]
+    )
+
+
+def _vocab(
+    space: Workspace,
+    prompt: Prompt,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    model_path: Path,
+    notes: tuple[str, ...],
+    progress: Progress,
+) -> tuple[StitchReport, dict[str, Any]]:
+    made = stitch_vocabulary(
+        prompt,
+        model=model,
+        tokenizer=tokenizer,
+        base=model_path,
+        folder=space.path,
+        sample_ids=sample_ids(tokenizer),
+        progress=progress,
+    )
+    report = StitchReport(
+        path=space.output,
+        format="vocab",
+        mass_mean=made.mass_mean,
+        mass_max=made.mass_max,
+        linked_bytes=made.linked_bytes,
+        written_bytes=made.written_bytes,
+        notes=(*notes, *made.notes),
+    )
+    ids = made.token_ids
+    return report, asdict(made) | {"token_ids": [ids[0], ids[-1]], "notes": report.notes}
+
+
+def _peft(
+    space: Workspace,
+    prompt: Prompt,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    model_path: Path,
+    notes: tuple[str, ...],
+) -> tuple[StitchReport, dict[str, Any]]:
+    bos_id = tokenizer.bos_token_id if prompt.metadata.layout == "bos-prompt-text" else None
+    base_name = str(model_path.resolve())
+    notes = (*notes, *export_peft(prompt, space.path, model=model, base_name=base_name, bos_id=bos_id))
+    written = (space.path / "adapter_model.safetensors").stat().st_size
+    report = StitchReport(
+        space.output, "peft", None, None, linked_bytes=0, written_bytes=written, notes=notes
+    )
+    return report, {"written_bytes": written, "notes": notes}
+
+
+def _inputs(
+    prompt_path: Path,
+    prompt: Prompt,
+    model_path: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+) -> dict[str, Any]:
+    """What went in. The model's weights are not read for it: its manifest, if it has one, names this very
+    making.
+    """
+    manifest = model_path / MANIFEST
+    file = prompt_path if prompt_path.is_file() else prompt_path / "prompt.safetensors"
+    return {
+        "prompt": {"name": file.name, "sha256": file_fingerprint(file)},
+        "model": {
+            "name": model_path.resolve().name,
+            "config_sha256": file_fingerprint(model_path / "config.json"),
+            "manifest_sha256": file_fingerprint(manifest) if manifest.is_file() else None,
+            "embedding_fingerprint": fingerprint_embedding(decoder_embedding(model).weight),
+            "tokenizer_fingerprint": fingerprint_tokenizer(tokenizer),
+        },
+    }
+
+
+@contextlib.contextmanager
+def _all_or_nothing(space: Workspace) -> Iterator[None]:
+    """Stitching takes seconds: it starts over rather than going on, and leaves nothing when it fails."""
+    _empty(space.path)
+    try:
+        yield
+    except CtpError:
+        _empty(space.path)
+        raise
+    except OSError as error:
+        _empty(space.path)
+        raise UnfinishedError(
+            f"{space.output}: {error.strerror or error}", hint="make room and repeat the command"
+        ) from None
+    except BaseException:
+        _empty(space.path)
+        raise
+
+
+def _empty(folder: Path) -> None:
+    if not folder.is_dir():  # already renamed to its final name
+        return
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != IDENTITY:
+            path.unlink()
