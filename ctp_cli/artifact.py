@@ -14,6 +14,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -29,6 +30,19 @@ __all__ = ["read_json", "whole_file", "write_json"]  # for the modules that make
 MANIFEST = "ctp.json"
 IDENTITY = "ctp.partial.json"
 SCHEMA_VERSION = 1
+
+
+_MADE_FOR: ContextVar[str | None] = ContextVar("made_for", default=None)
+
+
+@contextlib.contextmanager
+def made_for(key: str) -> Iterator[None]:
+    """Artifacts finished inside carry `key` in their manifest, by which a recipe's runner knows its own again."""
+    token = _MADE_FOR.set(key)
+    try:
+        yield
+    finally:
+        _MADE_FOR.reset(token)
 
 
 @dataclass
@@ -59,6 +73,7 @@ class Workspace:
                 "seconds": round(time.monotonic() - self.started, 3),
                 "resumed": self.resumed,
                 "files": files,
+                "made_for": _MADE_FOR.get(),
                 **manifest,
             },
         )
@@ -86,7 +101,7 @@ def workspace(output: Path, *, kind: str, identity: Mapping[str, Any], force: bo
     Raises OutputError if the output exists, if another process works on it, or if unfinished work of other settings
     is there. An error before anything was saved leaves no folder behind.
     """
-    identity = json.loads(json.dumps(identity, default=str))
+    plain: dict[str, Any] = json.loads(json.dumps(identity, default=str))
     refuse_existing(output, force=force)
     partial = output.with_name(output.name + ".partial")
     lock_path = output.with_name(f".{output.name}.lock")
@@ -94,15 +109,19 @@ def workspace(output: Path, *, kind: str, identity: Mapping[str, Any], force: bo
         output.parent.mkdir(parents=True, exist_ok=True)
         lock = lock_path.open("w")
     except OSError as error:
-        raise OutputError(f"{output}: cannot write there ({error.strerror})", hint="choose another place with -o") from None
+        raise OutputError(
+            f"{output}: cannot write there ({error.strerror})", hint="choose another place with -o"
+        ) from None
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise OutputError(f"another ctp process is making {output}", hint="wait for it, or choose another -o") from None
-        resumed = _open_partial(partial, identity, force=force)
+            raise OutputError(
+                f"another ctp process is making {output}", hint="wait for it, or choose another -o"
+            ) from None
+        resumed = _open_partial(partial, plain, force=force)
         try:
-            yield Workspace(partial, output, kind, identity, resumed, force)
+            yield Workspace(partial, output, kind, plain, resumed, force)
         finally:
             if partial.exists() and not any(p.name != IDENTITY for p in partial.iterdir()):
                 shutil.rmtree(partial)
@@ -161,7 +180,8 @@ def newest(kinds: tuple[str, ...], folder: Path) -> Path | None:
     candidates = sorted(path for created, path in found if created == latest)
     if len(candidates) > 1:
         raise InputError(
-            f"which one is meant? equally new: {', '.join(p.name for p in candidates)}", hint="name it on the command line"
+            f"which one is meant? equally new: {', '.join(p.name for p in candidates)}",
+            hint="name it on the command line",
         )
     return candidates[0]
 

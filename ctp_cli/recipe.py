@@ -10,7 +10,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 from ctp_cli.errors import RecipeError
 
@@ -206,7 +214,10 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path}: cannot be read ({error})", hint="give the path of a recipe, e.g. recipes/quickstart.yaml") from None
+        raise RecipeError(
+            f"{path}: cannot be read ({error})",
+            hint="give the path of a recipe, e.g. recipes/quickstart.yaml",
+        ) from None
     content = _yaml(text, str(path))
     if not isinstance(content, dict):
         raise RecipeError(f"{path}: a recipe is a mapping of sections, found {type(content).__name__}")

@@ -129,9 +129,7 @@ def tiny_tokenizer(*, bos: bool, chat: bool = True) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer of VOCAB_SIZE tokens; <pad>, <s>, </s> are 0, 1, 2."""
     backend = tokenizers.Tokenizer.from_str(_trained_tokenizer())
     if bos:
-        template = processors.TemplateProcessing(
-            single="<s> $A", pair="<s> $A <s>:1 $B:1", special_tokens=[("<s>", 1)]
-        )
+        template = processors.TemplateProcessing(single="<s> $A", pair="<s> $A <s>:1 $B:1", special_tokens=[("<s>", 1)])
         backend.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=False), template])
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="<pad>", model_max_length=512

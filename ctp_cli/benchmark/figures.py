@@ -69,9 +69,7 @@ def latency_figure(report: LatencyReport, path: Path, *, title: str) -> None:
     _save(figure, path)
 
 
-def recovery_figure(
-    perplexities: Mapping[str, Mapping[str, tuple[float, float]]], path: Path, *, title: str
-) -> None:
+def recovery_figure(perplexities: Mapping[str, Mapping[str, tuple[float, float]]], path: Path, *, title: str) -> None:
     """Write a PNG: perplexity bars per text, and the share of the lost perplexity that was won back.
 
     perplexities: text -> label -> (perplexity, standard error). In each text the first label is the full

@@ -52,11 +52,16 @@ class GPTQSettings:
         """Raises InputError for another method, or for settings that are missing or make no sense."""
         method = config.get("quant_method")
         if method != "gptq":
-            raise InputError(f"{path}: quantized by {method!r}, which ctp cannot read", hint="readable are dense and gptq checkpoints")
+            raise InputError(
+                f"{path}: quantized by {method!r}, which ctp cannot read",
+                hint="readable are dense and gptq checkpoints",
+            )
         bits, group = config.get("bits"), config.get("group_size", -1)
         form = config.get("checkpoint_format") or config.get("format") or "gptq"
         if bits not in (2, 3, 4, 8) or not isinstance(group, int) or form not in ("gptq", "gptq_v2"):
-            raise InputError(f"{path}: gptq settings bits={bits!r}, group_size={group!r}, checkpoint_format={form!r} are not known")
+            raise InputError(
+                f"{path}: gptq settings bits={bits!r}, group_size={group!r}, checkpoint_format={form!r} are not known"
+            )
         if config.get("lm_head"):
             raise InputError(f"{path}: its lm_head is quantized, which ctp cannot read")
         return cls(
@@ -68,12 +73,13 @@ class GPTQSettings:
         )
 
 
-def check_packable(name: str, out_features: int, in_features: int, bits: int) -> None:
+def check_packable(name: str, *, out_features: int, in_features: int, bits: int) -> None:
     """Raises InputError for a layer whose sizes do not fill whole 32-bit words."""
     for what, size in (("inputs", in_features), ("outputs", out_features)):
         if size * bits % 32 or size % 32:
             raise InputError(
-                f"{name}: {size} {what} are no multiple of 32, which format gptq needs", hint="use --format dense"
+                f"{name}: {size} {what} are no multiple of 32, which format gptq needs",
+                hint="use --format dense",
             )
 
 
@@ -104,7 +110,7 @@ def unpack_layer(name: str, parts: dict[str, Tensor], settings: GPTQSettings) ->
         g_idx_I.shape == (in_features,)
         and qweight.shape[1] == outputs
         and qzeros.shape == (groups, outputs * bits // 32)
-        and 0 <= int(g_idx_I.min())
+        and int(g_idx_I.min()) >= 0
         and int(g_idx_I.max()) < groups
     )
     if not fits:
@@ -140,7 +146,9 @@ def read_dense_state(
     return state
 
 
-def _dense(layer: str, parts: dict[str, Tensor], settings: GPTQSettings, dtype: torch.dtype, transposed: bool) -> Tensor:
+def _dense(
+    layer: str, parts: dict[str, Tensor], settings: GPTQSettings, dtype: torch.dtype, transposed: bool
+) -> Tensor:
     values_OI = unpack_layer(layer, parts, settings).values().to(dtype)
     return (values_OI.T if transposed else values_OI).contiguous()
 
@@ -148,5 +156,5 @@ def _dense(layer: str, parts: dict[str, Tensor], settings: GPTQSettings, dtype: 
 def _tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
     for file in sorted(path.glob("*.safetensors")):
         with safe_open(file, "pt") as handle:
-            for name in handle.keys():
+            for name in handle.keys():  # noqa: SIM118 - not a dict
                 yield name, handle.get_tensor(name)

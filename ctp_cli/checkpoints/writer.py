@@ -1,7 +1,7 @@
-"""Write a compressed checkpoint shard by shard: one file per decoder block, embeddings and head in a file of their own.
+"""Write a compressed checkpoint shard by shard: a file per decoder block, embeddings and head in a file of their own.
 
-Each shard is whole on disk before the next is begun, so that interrupted work goes on at the next block, and a prompt can
-later be stitched in by replacing the one file that holds embeddings and head.
+Each shard is whole on disk before the next is begun, so that interrupted work goes on at the next block, and a
+prompt can later be stitched in by replacing the one file that holds embeddings and head.
 """
 
 from collections.abc import Iterable, Mapping
@@ -36,7 +36,9 @@ class ShardNames:
         return f"model-{index + 2:05d}-of-{self.blocks + 1:05d}.safetensors"
 
 
-def block_tensors(block: Block, results: Iterable[LayerResult], *, settings: gptq.GPTQSettings | None) -> dict[str, Tensor]:
+def block_tensors(
+    block: Block, results: Iterable[LayerResult], *, settings: gptq.GPTQSettings | None
+) -> dict[str, Tensor]:
     """A block's tensors by name on disk; quantized layers as codes if `settings` are given, else as dense weights."""
     tensors = {f"{block.name}.{name}": tensor for name, tensor in block.module.state_dict().items()}
     if settings is not None:
@@ -52,9 +54,11 @@ def restore_block(block: Block, path: Path, *, settings: gptq.GPTQSettings | Non
     with safe_open(path, "pt") as handle:
         for layer in block.layers:
             if settings is None:
-                layer.module.weight.data.copy_(handle.get_tensor(f"{layer.name}.weight"))
+                layer.parameter.data.copy_(handle.get_tensor(f"{layer.name}.weight"))
             else:
-                parts = {part: handle.get_tensor(f"{layer.name}.{part}") for part in ("qweight", "qzeros", "scales", "g_idx")}
+                parts = {
+                    part: handle.get_tensor(f"{layer.name}.{part}") for part in ("qweight", "qzeros", "scales", "g_idx")
+                }
                 layer.set_weight(gptq.unpack_layer(layer.name, parts, settings).values())
 
 
@@ -72,7 +76,11 @@ def outside_tensors(model: PreTrainedModel, blocks: list[Block]) -> dict[str, Te
 
 def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> None:
     with whole_file(path) as beside:
-        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, beside, metadata={"format": "pt"})
+        save_file(
+            {name: t.detach().cpu().contiguous() for name, t in tensors.items()},
+            beside,
+            metadata={"format": "pt"},
+        )
 
 
 def write_index(folder: Path) -> int:
@@ -81,7 +89,7 @@ def write_index(folder: Path) -> int:
     total = 0
     for file in sorted(folder.glob("model-*.safetensors")):
         with safe_open(file, "pt") as handle:
-            for name in handle.keys():
+            for name in handle.keys():  # noqa: SIM118 - not a dict
                 weight_map[name] = file.name
         total += file.stat().st_size
     write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
@@ -89,7 +97,11 @@ def write_index(folder: Path) -> int:
 
 
 def write_configuration(
-    folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, settings: gptq.GPTQSettings | None
+    folder: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    settings: gptq.GPTQSettings | None,
 ) -> None:
     """config.json, generation_config.json, tokenizer files, and quantize_config.json where layers are packed."""
     model.config.save_pretrained(folder)

@@ -54,9 +54,7 @@ def compress_block(
 def _accumulate(block: Block, sets: list[list[LinearLayer]], state: WalkState) -> dict[str, Hessian]:
     """One Hessian per set of layers, under the name of its first layer."""
     first = [layers[0] for layers in sets]
-    hessians = {
-        layer.name: Hessian.zeros(layer.weight_OI.shape[1], device=layer.weight_OI.device) for layer in first
-    }
+    hessians = {layer.name: Hessian.zeros(layer.weight_OI.shape[1], device=layer.weight_OI.device) for layer in first}
     visit_inputs(block, first, state, lambda layer, x_TI: hessians[layer.name].add(x_TI))
     return hessians
 

@@ -82,7 +82,8 @@ def inverse_factor(H_II: Tensor, *, dampening: float, layer: str) -> tuple[Tenso
     """
     if not torch.isfinite(H_II).all():
         raise SolverError(
-            f"{layer}: its calibration inputs hold NaN or infinity", hint="does the uncompressed model run on this text?"
+            f"{layer}: its calibration inputs hold NaN or infinity",
+            hint="does the uncompressed model run on this text?",
         )
     mean_diagonal = torch.diagonal(H_II).mean()
     identity = torch.eye(H_II.shape[0], device=H_II.device)

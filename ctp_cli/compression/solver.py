@@ -176,25 +176,22 @@ def _sweep(
     return swept
 
 
-def _block_mask(
-    W_CO: Tensor, U_II: Tensor | None, start: int, stop: int, mask: MaskRule, spans: list[slice]
-) -> Tensor:
+def _block_mask(W_CO: Tensor, U_II: Tensor | None, start: int, stop: int, mask: MaskRule, spans: list[slice]) -> Tensor:
     """SparseGPT's saliency w^2 / U_ii^2: the loss a pruned weight leaves after its best correction."""
     assert U_II is not None
     score_CO = (W_CO / torch.diagonal(U_II)[start:stop, None]) ** 2
     return torch.cat([keep_largest(score_CO[:, span].contiguous(), mask) for span in spans], dim=1)
 
 
-def _take_block(
-    swept: _Swept, U_II: Tensor | None, grid_rule: GridRule | None, start: int, stop: int
-) -> Tensor | None:
+def _take_block(swept: _Swept, U_II: Tensor | None, grid_rule: GridRule | None, start: int, stop: int) -> Tensor | None:
     """Round or prune inputs start..stop in place; the returned errors (C, O) are already divided by U_ii."""
     W_CO = swept.values_IO[start:stop]
     keep_CO = None if swept.keep_IO is None else swept.keep_IO[start:stop]
     group = grid_rule.group_size if grid_rule else None
     grid = swept.grids[0] if grid_rule is not None and group is None else None
     if U_II is None:
-        return _round_block(swept, grid_rule, start, stop)
+        _round_block(swept, grid_rule, start, stop)
+        return None
     errors_CO = torch.empty_like(W_CO)
     diagonal = torch.diagonal(U_II)[start:stop].tolist()
     for column in range(stop - start):

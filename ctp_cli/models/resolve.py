@@ -48,9 +48,13 @@ def download_from_hub(repository: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     try:
-        folder = snapshot_download(repository, allow_patterns=["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"])
+        folder = snapshot_download(
+            repository, allow_patterns=["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
+        )
     except RepositoryNotFoundError:
-        raise InputError(f"{repository}: the hub has no such model, or it needs a login", hint="check the name") from None
+        raise InputError(
+            f"{repository}: the hub has no such model, or it needs a login", hint="check the name"
+        ) from None
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise NetworkError(
             f"{repository}: not in the local cache, and the Hugging Face hub cannot be reached "

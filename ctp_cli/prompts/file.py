@@ -99,13 +99,9 @@ def load_prompt(path: Path) -> Prompt:
     try:
         embeddings = load_file(file)[TENSOR].to(torch.float32)
     except (SafetensorError, OSError) as error:
-        raise InputError(
-            f"{file}: damaged ({error})", hint="copy it again, or learn the prompt again"
-        ) from None
+        raise InputError(f"{file}: damaged ({error})", hint="copy it again, or learn the prompt again") from None
     if not torch.isfinite(embeddings).all():
-        raise InputError(
-            f"{file}: the prompt holds NaN or infinite values", hint="learn it again with a lower rate"
-        )
+        raise InputError(f"{file}: the prompt holds NaN or infinite values", hint="learn it again with a lower rate")
     return Prompt(embeddings, metadata)
 
 
@@ -141,9 +137,7 @@ def _metadata(file: Path, strings: Mapping[str, str]) -> PromptMetadata:
         )
     for name, allowed in (("kind", get_args(Kind)), ("layout", get_args(Layout))):
         if given.get(name, allowed[0]) not in allowed:
-            raise InputError(
-                f"{file}: header field {name} is {given[name]!r}, expected {' or '.join(allowed)}"
-            )
+            raise InputError(f"{file}: header field {name} is {given[name]!r}, expected {' or '.join(allowed)}")
     if not math.isfinite(given.get("validation_perplexity", 0.0)):
         given.pop("validation_perplexity")
     return PromptMetadata(**given)
@@ -158,9 +152,7 @@ def fingerprint_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         model = json.loads(backend.to_str())["model"]
-        content["merges"] = [
-            pair.split(" ") if isinstance(pair, str) else pair for pair in model.get("merges") or []
-        ]
+        content["merges"] = [pair.split(" ") if isinstance(pair, str) else pair for pair in model.get("merges") or []]
         content["scores"] = model["vocab"] if isinstance(model.get("vocab"), list) else None
     return hashlib.sha256(json.dumps(content, ensure_ascii=True).encode()).hexdigest()
 

@@ -108,9 +108,7 @@ def _windows(model: PreTrainedModel, ids_T: torch.Tensor, before: int) -> Iterat
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 10**9
     room = min(_WINDOW_TOKENS, limit - before, max(1, ids_T.numel() // 2))
     if room < 1:
-        raise InputError(
-            f"the prompt takes {before} of the model's {limit} positions: no room is left for text"
-        )
+        raise InputError(f"the prompt takes {before} of the model's {limit} positions: no room is left for text")
     return (window for window in ids_T.split(room))
 
 

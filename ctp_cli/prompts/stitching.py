@@ -257,9 +257,7 @@ def _stitched_config(base: Path, rows: int) -> dict[str, Any]:
     return config
 
 
-def _write_generation_config(
-    base: Path, model: PreTrainedModel, token_ids: Iterable[int], folder: Path
-) -> None:
+def _write_generation_config(base: Path, model: PreTrainedModel, token_ids: Iterable[int], folder: Path) -> None:
     file = base / "generation_config.json"
     if file.is_file():
         content = read_json(file)
@@ -294,15 +292,11 @@ def _write_weights(base: Path, folder: Path, tensors: dict[str, torch.Tensor]) -
         weight_map |= dict.fromkeys(kept, name)
         total += shards.read_header(folder / name).tensor_bytes
     with whole_file(folder / _VOCABULARY_SHARD) as beside:
-        save_file(
-            {name: t.cpu().contiguous() for name, t in tensors.items()}, beside, metadata={"format": "pt"}
-        )
+        save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, beside, metadata={"format": "pt"})
     weight_map |= dict.fromkeys(tensors, _VOCABULARY_SHARD)
     written += (folder / _VOCABULARY_SHARD).stat().st_size
     total += shards.read_header(folder / _VOCABULARY_SHARD).tensor_bytes
-    write_json(
-        folder / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    )
+    write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
     return linked, written
 
 
@@ -312,7 +306,5 @@ def _notes(model: PreTrainedModel, head: torch.Tensor, extended: StitchedTokeniz
         megabytes = head.numel() * head.element_size() / 1e6
         notes.append(f"a tied model gains a dense head ({megabytes:,.0f} MB); --format peft avoids it")
     if not extended.tokenizer.chat_template:
-        notes.append(
-            "the tokenizer has no chat template: engines get the prompt from the post-processor alone"
-        )
+        notes.append("the tokenizer has no chat template: engines get the prompt from the post-processor alone")
     return notes

@@ -61,9 +61,7 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, *, layout: Layout) -> No
             hint="use --format peft, which leaves the tokenizer alone",
         )
     if token_names(1)[0] in tokenizer.get_vocab():
-        raise InputError(
-            "this checkpoint already carries a prompt", hint="stitch onto the checkpoint it was made from"
-        )
+        raise InputError("this checkpoint already carries a prompt", hint="stitch onto the checkpoint it was made from")
     if layout == "bos-prompt-text" and tokenizer.bos_token_id is None:
         raise InputError("the prompt stands after a BOS token, which this tokenizer does not have")
 
@@ -77,9 +75,7 @@ def extend_tokenizer(tokenizer: PreTrainedTokenizerBase, count: int, *, layout: 
     check_tokenizer(tokenizer, layout=layout)
     extended = copy.deepcopy(tokenizer)
     names = token_names(count)
-    extended.add_tokens(
-        [AddedToken(name, special=True, normalized=False) for name in names], special_tokens=True
-    )
+    extended.add_tokens([AddedToken(name, special=True, normalized=False) for name in names], special_tokens=True)
     ids = token_ids(extended, names)
     head = [(str(tokenizer.bos_token), int(tokenizer.bos_token_id))] if layout == "bos-prompt-text" else []
     head += zip(names, ids, strict=True)
@@ -95,9 +91,7 @@ def _prefixed_post_processor(
     existing: dict[str, Any] | None, head: Sequence[tuple[str, int]], tokenizer: PreTrainedTokenizerBase
 ) -> tuple[dict[str, Any], list[str]]:
     """The post-processor with `head` in place of whatever stood before the text; everything else stays."""
-    parts = (
-        [] if existing is None else existing["processors"] if existing["type"] == "Sequence" else [existing]
-    )
+    parts = [] if existing is None else existing["processors"] if existing["type"] == "Sequence" else [existing]
     kinds = [part["type"] for part in parts]
     if unknown := sorted(set(kinds) - {"ByteLevel", "TemplateProcessing"}):
         raise InputError(
@@ -152,9 +146,7 @@ def _leading_specials(pieces: Sequence[dict[str, Any]]) -> list[str]:
     return names
 
 
-def _prefixed_chats(
-    tokenizer: PreTrainedTokenizerBase, names: Sequence[str], layout: Layout
-) -> str | dict[str, str]:
+def _prefixed_chats(tokenizer: PreTrainedTokenizerBase, names: Sequence[str], layout: Layout) -> str | dict[str, str]:
     templates = tokenizer.chat_template
     if isinstance(templates, dict):
         return {name: _prefixed_chat(tokenizer, text, names, layout) for name, text in templates.items()}
@@ -162,9 +154,7 @@ def _prefixed_chats(
     return _prefixed_chat(tokenizer, templates, names, layout)
 
 
-def _prefixed_chat(
-    tokenizer: PreTrainedTokenizerBase, template: str, names: Sequence[str], layout: Layout
-) -> str:
+def _prefixed_chat(tokenizer: PreTrainedTokenizerBase, template: str, names: Sequence[str], layout: Layout) -> str:
     """A chat template that begins with [BOS and] the prompt; a BOS the template itself began with is dropped.
 
     The tokens are written in `{{ }}`, after which a leading newline of the template survives (after `{% %}`
@@ -196,9 +186,7 @@ def _bos_in_chat(tokenizer: PreTrainedTokenizerBase, template: str) -> str:
     for messages in _PROBE_CHATS:
         try:
             marked = str(
-                tokenizer.apply_chat_template(
-                    messages, chat_template=template, tokenize=False, bos_token=marker
-                )
+                tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False, bos_token=marker)
             )
             plain = str(tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False))
         except Exception as error:  # a template is a foreign program: it may raise anything

@@ -20,6 +20,7 @@ from ctp_cli.benchmark import latency
 from ctp_cli.benchmark.figures import latency_figure
 from ctp_cli.errors import GateFailedError, InputError, RecipeError
 from ctp_cli.files import write_json
+from ctp_cli.models.devices import resolve_device
 from ctp_cli.models.loading import decoder_embedding, load_model, weight_files
 from ctp_cli.progress import SILENT, Progress
 from ctp_cli.prompts.file import PROMPT_FILE, Prompt, load_prompt
@@ -56,15 +57,15 @@ def bench(
     RecipeError if the model has too few positions for what the section asks.
     """
     artifact.refuse_existing(output, force=force)
-    where = _device(device)
+    where = resolve_device(device)
     if prompt_path and prompt_path.is_dir():
         prompt_path = prompt_path / PROMPT_FILE
     given = load_prompt(prompt_path) if prompt_path else None
     inputs = {"model": _input(model_path), "prompt": _input(prompt_path) if prompt_path else None}
-    identity = {"bench": section.model_dump(), "device": str(where), "inputs": inputs}
+    identity = {"bench": section.model_dump(), "device": where, "inputs": inputs}
     with artifact.workspace(output, kind=KIND, identity=identity, force=force) as work:
         progress.say(f"loading {model_path.name}")
-        model = load_model(model_path, device=str(where))
+        model = load_model(model_path, device=where)
         generator = torch.Generator().manual_seed(_SEED)
         longest = max(section.prompt_len, default=0)
         prompt_PD, prompt_source = _prompt_rows(model, given, str(prompt_path), longest, generator)
@@ -81,7 +82,7 @@ def bench(
         latency_figure(report, work.path / "latency.png", title=f"Latency of {model_path.name}")
         work.finish(
             {
-                "recipe": {"model": str(model_path), "device": str(where), "bench": section.model_dump()},
+                "recipe": {"model": str(model_path), "device": where, "bench": section.model_dump()},
                 "inputs": inputs,
                 "seed": _SEED,
                 "prompt": prompt_source,
@@ -131,9 +132,7 @@ def _prompt_rows(
 ) -> tuple[Tensor, str]:
     """Prompt rows (at least `length`, D) and a line that says where they come from."""
     if given is None:
-        return random_prompt(
-            model, length, generator
-        ), "random token embeddings (values do not change latency)"
+        return random_prompt(model, length, generator), "random token embeddings (values do not change latency)"
     rows_PD = given.embeddings
     width = decoder_embedding(model).embedding_dim
     if rows_PD.shape[1] != width:
@@ -145,23 +144,9 @@ def _prompt_rows(
     if missing <= 0:
         return rows_PD, f"{name} ({len(rows_PD)} rows)"
     filler_PD = random_prompt(model, missing, generator).to(rows_PD.device, rows_PD.dtype)
-    return torch.cat(
-        [rows_PD, filler_PD]
-    ), f"{name} ({len(rows_PD)} rows), then {missing} random token embeddings"
+    return torch.cat([rows_PD, filler_PD]), f"{name} ({len(rows_PD)} rows), then {missing} random token embeddings"
 
 
 def _input(path: Path) -> dict[str, str]:
     digest = artifact.folder_fingerprint(path) if path.is_dir() else artifact.file_fingerprint(path)
     return {"path": str(path), "sha256": digest}
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise RecipeError(f"device: {name!r} is not a torch device", hint="use auto, cpu or cuda") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise RecipeError(f"device: {name} asked for, but torch sees no CUDA device", hint="use --device cpu")
-    return device

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ctp_cli.artifact import Workspace, folder_fingerprint, refuse_existing, workspace
 from ctp_cli.checkpoints import gptq, writer
@@ -123,6 +123,46 @@ def compress(
     )
 
 
+def dry_run(section: CompressSection, *, model: ResolvedModel, output: Path, force: bool = False) -> dict[str, Any]:
+    """Check what can be checked without weights; estimate sizes from shapes and time from a probe of the machine."""
+    refuse_existing(output, force=force)
+    config = load_config(model.path)
+    calibration = load_text(section.calibration or default_text(model), default_part="train")
+    ids_T = token_ids(calibration, load_tokenizer(model.path))
+    count = windows(ids_T, section.seqlen, most=section.windows, text=calibration).shape[0]
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    blocks = find_blocks(skeleton)
+    job = _Job.plan(section, skeleton, blocks)
+    linear = sum(layer.weight_OI.numel() for block in blocks for layer in block.layers)
+    widest = max(layer.weight_OI.shape[1] for block in blocks for layer in block.layers)
+    parameters, bits = writer.parameter_count(skeleton), writer.dtype_bits(config.dtype or torch.float32)
+    linear_bits = bits if job.settings is None else job.settings.bits + 20 / max(job.settings.group_size, 32)
+    tokens = count * section.seqlen
+    # the model, the widest layer's Hessian and its factors, hidden states before and after a block
+    memory_bytes = parameters * bits / 8 + 16 * widest**2 + tokens * config.hidden_size * bits / 4
+    # a forward pass for the inputs of each set of layers (four in most families) and one for the outputs
+    operations = 2 * linear * tokens * (5 if section.true_sequential else 2)
+    return {
+        "model": str(model.path),
+        "calibration": f"{calibration.source}, {count} windows of {section.seqlen} tokens",
+        "output": str(output),
+        "format": job.format,
+        "linear layers": sum(len(block.layers) for block in blocks),
+        "estimated size": f"{((parameters - linear) * bits + linear * linear_bits) / 8e6:.0f} MB",
+        "estimated memory": f"{memory_bytes / 1e6:.0f} MB",
+        "estimated time": f"{operations / _probe_operations_per_second(config.dtype) + linear * 1e-7:.0f} s",
+    }
+
+
+def _probe_operations_per_second(dtype: torch.dtype | None) -> float:
+    a, b = (torch.randn(1024, 1024, dtype=dtype or torch.float32) for _ in range(2))
+    a @ b
+    started = time.perf_counter()
+    a @ b
+    return 2 * 1024**3 / (time.perf_counter() - started)
+
+
 @dataclass(frozen=True)
 class _Job:
     section: CompressSection
@@ -141,7 +181,8 @@ class _Job:
         if section.bits is None or section.format == "dense":
             return cls(section, rule, None)
         for layer in layers:
-            gptq.check_packable(layer.name, *layer.weight_OI.shape, section.bits)
+            out_features, in_features = layer.weight_OI.shape
+            gptq.check_packable(layer.name, out_features=out_features, in_features=in_features, bits=section.bits)
         grid = rule.grid
         assert grid is not None
         return cls(
@@ -181,7 +222,10 @@ def solver_rule(section: CompressSection, layers: Sequence[LinearLayer]) -> Solv
                     hint=f"use a divisor of {in_features}, e.g. {_divisor_near(in_features, unit)}",
                 )
     if mask and mask.m and grid and grid.group_size and grid.group_size % mask.m and mask.m % grid.group_size:
-        raise RecipeError(f"compress: n:m runs of {mask.m} do not fit groups of {grid.group_size}", hint="make one divide the other")
+        raise RecipeError(
+            f"compress: n:m runs of {mask.m} do not fit groups of {grid.group_size}",
+            hint="make one divide the other",
+        )
     return SolverRule(mask, grid, section.pruner, section.quantizer, section.act_order, section.dampening)
 
 
@@ -232,9 +276,7 @@ class _Run:
                 writer.restore_block(block, shard, settings=self.job.settings)
                 rows = read_json(record)["layers"]
             else:
-                results = compress_block(
-                    block, state, self.job.rule, true_sequential=self.job.section.true_sequential
-                )
+                results = compress_block(block, state, self.job.rule, true_sequential=self.job.section.true_sequential)
                 rows = [_layer_row(result) for result in results]
                 write_json(record, {"layers": rows})
                 writer.write_shard(shard, writer.block_tensors(block, results, settings=self.job.settings))
@@ -250,7 +292,10 @@ class _Run:
 
 def _refuse_nan(block: Block, hidden_BTD: list[Tensor]) -> None:
     if not all(torch.isfinite(x_BTD).all() for x_BTD in hidden_BTD):
-        raise InputError(f"{block.name}: its outputs hold NaN or infinity", hint="does the uncompressed model run on this text?")
+        raise InputError(
+            f"{block.name}: its outputs hold NaN or infinity",
+            hint="does the uncompressed model run on this text?",
+        )
 
 
 def _layer_row(result: LayerResult) -> dict[str, Any]:

@@ -65,9 +65,7 @@ def stitch(
         raise OutputError(f"{output} is the model itself", hint="choose another name with -o")
     prompt = load_prompt(prompt_path)
     if prompt.metadata.kind != "soft-prompt":
-        raise InputError(
-            f"{prompt_path}: a {prompt.metadata.kind} cannot be stitched", hint="learn a soft-prompt"
-        )
+        raise InputError(f"{prompt_path}: a {prompt.metadata.kind} cannot be stitched", hint="learn a soft-prompt")
     progress.say(f"loading {model_path}")
     tokenizer = load_tokenizer(model_path)
     check_tokenizer(tokenizer, layout=prompt.metadata.layout)
@@ -101,9 +99,7 @@ def stitch(
 def sample_ids(tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
     """(T,) a few hundred tokens of neutral text: a reference topic that ships inside every Python."""
     text = pydoc_data.topics.topics[_SAMPLE_TOPIC]
-    return torch.tensor(
-        tokenizer(text[: 8 * _SAMPLE_TOKENS], add_special_tokens=False)["input_ids"][:_SAMPLE_TOKENS]
-    )
+    return torch.tensor(tokenizer(text[: 8 * _SAMPLE_TOKENS], add_special_tokens=False)["input_ids"][:_SAMPLE_TOKENS])
 
 
 def _vocab(
@@ -149,9 +145,7 @@ def _peft(
     base_name = str(model_path.resolve())
     notes = (*notes, *export_peft(prompt, space.path, model=model, base_name=base_name, bos_id=bos_id))
     written = (space.path / "adapter_model.safetensors").stat().st_size
-    report = StitchReport(
-        space.output, "peft", None, None, linked_bytes=0, written_bytes=written, notes=notes
-    )
+    report = StitchReport(space.output, "peft", None, None, linked_bytes=0, written_bytes=written, notes=notes)
     return report, {"written_bytes": written, "notes": notes}
 
 

@@ -45,9 +45,7 @@ def watch_peak(device: torch.device) -> Iterator[PeakMemory]:
 
 def weight_bytes(model: nn.Module) -> int:
     """Bytes of the parameters and persistent buffers, counting tied ones once."""
-    sizes = {
-        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in model.state_dict().values()
-    }
+    sizes = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in model.state_dict().values()}
     return sum(sizes.values())
 
 

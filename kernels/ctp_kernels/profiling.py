@@ -166,8 +166,7 @@ def measure_latency(
             on_run(turn)
     return LatencyReport(
         rows=tuple(
-            _row(turn, samples[turn], samples[turns[0]], peaks[turn], bench.prefixes.get(turn))
-            for turn in turns
+            _row(turn, samples[turn], samples[turns[0]], peaks[turn], bench.prefixes.get(turn)) for turn in turns
         ),
         seqlen=seqlen,
         new_tokens=new_tokens,
@@ -198,9 +197,7 @@ class _Bench:
         self.prompt_PD = prompt_PD.to(self.device, self.embedding.weight.dtype)
         self.text_1T = _random_ids(self.embedding, seqlen, generator)[None]
         self.new_tokens = new_tokens
-        self.prefixes = {
-            t: prefix_cache(model, self.prompt_PD[: t.prompt_tokens]) for t in turns if t.prefix_reused
-        }
+        self.prefixes = {t: prefix_cache(model, self.prompt_PD[: t.prompt_tokens]) for t in turns if t.prefix_reused}
 
     def run(self, turn: Configuration) -> Sample:
         """One sequence: the text in, `new_tokens` out."""
@@ -273,9 +270,7 @@ def _check(model: Any, prompt_PD: Tensor, *, longest: int, seqlen: int, new_toke
         if value < least:
             raise ValueError(f"{name}: needs at least {least}, got {value}")
     if longest > len(prompt_PD):
-        raise ValueError(
-            f"prompt_lengths: {longest} tokens asked for, prompt_embeddings has {len(prompt_PD)} rows"
-        )
+        raise ValueError(f"prompt_lengths: {longest} tokens asked for, prompt_embeddings has {len(prompt_PD)} rows")
     if model.training:
         raise ValueError("the model is in training mode: call model.eval() first")
     positions = learned_positions(model)

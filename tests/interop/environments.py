@@ -1,7 +1,8 @@
-"""One requirements file, one cached environment: tests/interop/NAME.txt becomes ~/.cache/ctp/interop/NAME.
+"""One requirements file, one cached environment: NAME.txt beside this file becomes ~/.cache/ctp/interop/NAME.
 
-Foreign readers need library versions that cannot live beside ours, so each gets a virtual environment of its own. It is
-kept in the cache and built again only when its requirements file, or the Python that runs it, changes.
+Foreign readers need library versions that cannot live beside ours, so each gets a virtual environment of its
+own. It is kept in ctp's cache and built again only when its requirements file, or the Python that runs this,
+changes.
 
     python tests/interop/environments.py gptqmodel     # prints the path of that environment's python
 """
@@ -28,9 +29,9 @@ def environment_names() -> list[str]:
 
 
 def environment_folder(name: str) -> Path:
-    """Where the environment lives, whether or not it exists."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "ctp" / "interop" / name
+    """Where the environment lives, whether or not it exists; CTP_CACHE overrides, as for ctp itself."""
+    platform_cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return Path(os.environ.get("CTP_CACHE") or platform_cache / "ctp") / "interop" / name
 
 
 def environment_python(name: str) -> Path:
@@ -57,17 +58,18 @@ def _fingerprint(requirements: Path) -> str:
 
 
 def _build(folder: Path, python: Path, requirements: Path) -> None:
-    print(f"building the {folder.name} environment in {folder} (the first time: minutes, gigabytes)", file=sys.stderr)
+    print(f"building {folder} (once; it takes minutes and gigabytes)", file=sys.stderr)
     shutil.rmtree(folder, ignore_errors=True)
     _step([sys.executable, "-m", "venv", str(folder)])
-    install = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-cache-dir"]
-    _step([*install, "--requirement", str(requirements)])
+    pip = [str(python), "-m", "pip", "--disable-pip-version-check", "--no-cache-dir"]
+    _step([*pip, "install", "--quiet", "--requirement", str(requirements)])
 
 
 def _step(command: list[str]) -> None:
-    code = subprocess.run(command, stdout=sys.stderr).returncode  # stdout carries only the interpreter's path
+    # stdout carries only the interpreter's path
+    code = subprocess.run(command, stdout=sys.stderr, check=False).returncode
     if code:
-        raise BuildError(f"exit code {code} from: {' '.join(command)}\nread its output above, then run this again")
+        raise BuildError(f"exit code {code} from: {' '.join(command)}\nits output is above")
 
 
 def main() -> int:

@@ -73,9 +73,7 @@ def test_an_artifact_with_numbers_figure_and_manifest(checkpoint, tmp_path):
 @pytest.mark.parametrize(
     ("rows", "said"), [(9, "(9 rows)"), (5, "(5 rows)"), (4, "(4 rows), then 1 random token embeddings")]
 )
-def test_the_prompt_file_is_used_and_filled_up_with_random_rows(
-    checkpoint, tmp_path, monkeypatch, rows, said
-):
+def test_the_prompt_file_is_used_and_filled_up_with_random_rows(checkpoint, tmp_path, monkeypatch, rows, said):
     used, measure = [], stage.measure_latency
 
     def recording(model, prompt_PD, **given):
@@ -108,9 +106,7 @@ def test_a_prompt_of_another_width_is_refused_and_leaves_nothing(checkpoint, tmp
 
 def test_too_few_positions_are_the_recipes_mistake(checkpoint, tmp_path):
     section = SECTION.model_copy(update={"seqlen": 40})
-    with pytest.raises(
-        RecipeError, match="32 learned positions; a prompt of 5, 40 text tokens and 2 new ones need 46"
-    ):
+    with pytest.raises(RecipeError, match="32 learned positions; a prompt of 5, 40 text tokens and 2 new ones need 46"):
         _bench(checkpoint, tmp_path / "out", section)
     assert not list(tmp_path.iterdir())
 

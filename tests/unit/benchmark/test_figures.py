@@ -76,9 +76,7 @@ def test_latency_lines_start_at_no_prompt_and_show_medians(tmp_path, drawn):
     assert _texts(first) == ["×1.02", "×1.08"]
     band = first.collections[1].get_paths()[0].get_extents()
     assert (band.y0, band.y1) == pytest.approx((100 * 0.9, 102 * 1.2))
-    assert (
-        "(ms)" in first.get_ylabel() and "(ms)" in further.get_ylabel() and "(tokens)" in first.get_xlabel()
-    )
+    assert "(ms)" in first.get_ylabel() and "(ms)" in further.get_ylabel() and "(tokens)" in first.get_xlabel()
     assert first.get_ylim()[0] == 0
 
 
@@ -86,9 +84,7 @@ def test_recovery_bars_show_values_errors_and_the_share_won_back(tmp_path, drawn
     figures.recovery_figure(PERPLEXITIES, tmp_path / "recovery.png", title="Recovery")
     (axes,) = drawn[0].axes
     heights = {
-        bars.get_label(): [bar.get_height() for bar in bars]
-        for bars in axes.containers
-        if hasattr(bars, "patches")
+        bars.get_label(): [bar.get_height() for bar in bars] for bars in axes.containers if hasattr(bars, "patches")
     }
     assert heights == {"full": [20, 45], "compressed": [60, 44], "compressed + prompt": [30, 43]}
     # (60 - 30) / (60 - 20); ptb lost nothing, so no share of the loss can be named
@@ -107,17 +103,13 @@ def test_very_different_perplexities_get_a_log_axis(tmp_path, drawn):
 
 
 def test_learning_marks_the_best_step(tmp_path, drawn):
-    figures.learning_figure(
-        [(0, 60.0), (50, 41.0), (100, 39.5), (150, 40.0)], tmp_path / "l.png", title="Learning"
-    )
+    figures.learning_figure([(0, 60.0), (50, 41.0), (100, 39.5), (150, 40.0)], tmp_path / "l.png", title="Learning")
     curve, best = drawn[0].axes[0].lines
     assert curve.get_xydata().tolist() == [[0, 60], [50, 41], [100, 39.5], [150, 40]]
     assert best.get_xydata().tolist() == [[100, 39.5]] and best.get_label() == "best: 39.50 at step 100"
 
 
-@pytest.mark.parametrize(
-    ("given", "share"), [((20, 60, 30), 0.75), ((20, 60, 70), -0.25), ((20, 20, 19), None)]
-)
+@pytest.mark.parametrize(("given", "share"), [((20, 60, 30), 0.75), ((20, 60, 70), -0.25), ((20, 20, 19), None)])
 def test_share_won_back(given, share):
     assert figures.share_won_back(*given) == share
 

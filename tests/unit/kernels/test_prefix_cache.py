@@ -10,9 +10,7 @@ _COMMON = {"vocab_size": 64, "hidden_size": WIDTH, "num_hidden_layers": 2, "num_
 _GEMMA = _COMMON | {"intermediate_size": 48, "num_key_value_heads": 2, "head_dim": 8}
 CONFIGS = {
     "llama": transformers.LlamaConfig(**_COMMON, intermediate_size=48, num_key_value_heads=2),
-    "opt": transformers.OPTConfig(
-        **_COMMON, ffn_dim=48, word_embed_proj_dim=WIDTH, max_position_embeddings=64
-    ),
+    "opt": transformers.OPTConfig(**_COMMON, ffn_dim=48, word_embed_proj_dim=WIDTH, max_position_embeddings=64),
     "opt-projected": transformers.OPTConfig(
         **_COMMON, ffn_dim=48, word_embed_proj_dim=16, max_position_embeddings=64, do_layer_norm_before=False
     ),
@@ -33,9 +31,7 @@ def _model(request):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = transformers.AutoModelForCausalLM.from_config(CONFIGS[request.param]).float().eval()
-        for (
-            parameter
-        ) in model.parameters():  # the usual initialization is so small that any mask gives the same
+        for parameter in model.parameters():  # the usual initialization is so small that any mask gives the same
             torch.nn.init.normal_(parameter, std=0.2)
     return model
 
@@ -51,9 +47,7 @@ def _oracle(model, prompt_PD, text_BT):
     """Logits at the text's positions, all stated: whole input, whole mask, a forward without a cache."""
     text_BTD = model.get_input_embeddings()(text_BT)
     inputs = torch.cat([prompt_PD.expand(len(text_BT), -1, -1), text_BTD], dim=1)
-    return model(inputs_embeds=inputs, attention_mask=torch.ones(inputs.shape[:2]), use_cache=False).logits[
-        :, PROMPT:
-    ]
+    return model(inputs_embeds=inputs, attention_mask=torch.ones(inputs.shape[:2]), use_cache=False).logits[:, PROMPT:]
 
 
 @torch.no_grad()

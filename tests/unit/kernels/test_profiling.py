@@ -30,9 +30,7 @@ def _llama():
 
 def _measure(model, prompt_PD=None, **given):
     settings = {"prompt_lengths": (4, 0), "seqlen": 6, "new_tokens": 3, "rounds": 3} | given
-    prompt_PD = (
-        torch.randn(8, model.get_input_embeddings().weight.shape[1]) if prompt_PD is None else prompt_PD
-    )
+    prompt_PD = torch.randn(8, model.get_input_embeddings().weight.shape[1]) if prompt_PD is None else prompt_PD
     return measure_latency(model, prompt_PD, generator=torch.Generator().manual_seed(0), **settings)
 
 
@@ -85,9 +83,7 @@ def test_greedy_tokens_are_those_of_generate(monkeypatch):
     _measure(model, prompt_PD, rounds=1, new_tokens=5)
     text_1T = torch.randint(50, (6,), generator=torch.Generator().manual_seed(0))[None]
     inputs = torch.cat([prompt_PD[None], model.get_input_embeddings()(text_1T)], dim=1)
-    expected = model.generate(inputs_embeds=inputs, max_new_tokens=5, min_new_tokens=5, do_sample=False)[
-        0
-    ].tolist()
+    expected = model.generate(inputs_embeds=inputs, max_new_tokens=5, min_new_tokens=5, do_sample=False)[0].tolist()
     runs = [chosen[i : i + 5] for i in range(0, len(chosen), 5)]
     assert runs[-2] == expected, "the prompt run through the model"
     assert runs[-1] == expected, "the prompt's keys and values reused"
@@ -114,21 +110,15 @@ def test_ratios_pair_runs_of_the_same_round():
     assert without.first_token_ratio == without.per_token_ratio == Quartiles(1, 1, 1)
     for row in report.rows:
         assert len(row.samples) == 5 and all(s.first_token_ms > 0 and s.per_token_ms > 0 for s in row.samples)
-        ratios = [
-            s.first_token_ms / w.first_token_ms for s, w in zip(row.samples, without.samples, strict=True)
-        ]
+        ratios = [s.first_token_ms / w.first_token_ms for s, w in zip(row.samples, without.samples, strict=True)]
         assert row.first_token_ratio.median == statistics.median(ratios)
         assert row.per_token_ms.low <= row.per_token_ms.median <= row.per_token_ms.high
 
 
 def test_quartiles_agree_with_torch():
     values = [3.0, 1.0, 4.0, 1.5, 9.0, 2.6]
-    expected = torch.quantile(
-        torch.tensor(values, dtype=torch.float64), torch.tensor([0.25, 0.5, 0.75]).double()
-    )
-    torch.testing.assert_close(
-        torch.tensor([*vars(Quartiles.of(values)).values()], dtype=torch.float64), expected
-    )
+    expected = torch.quantile(torch.tensor(values, dtype=torch.float64), torch.tensor([0.25, 0.5, 0.75]).double())
+    torch.testing.assert_close(torch.tensor([*vars(Quartiles.of(values)).values()], dtype=torch.float64), expected)
     assert Quartiles.of([2.0]) == Quartiles(2.0, 2.0, 2.0)
 
 
@@ -181,9 +171,7 @@ def test_training_mode_is_refused():
 def test_learned_positions_may_be_used_up_but_not_exceeded(config):
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     _measure(model, seqlen=14, rounds=1)  # 4 + 14 + 3 - 1: the last new token is never fed back
-    with pytest.raises(
-        ValueError, match="20 learned positions; a prompt of 4, 15 text tokens and 3 new ones need 21"
-    ):
+    with pytest.raises(ValueError, match="20 learned positions; a prompt of 4, 15 text tokens and 3 new ones need 21"):
         _measure(model, seqlen=15, rounds=1)
 
 

@@ -106,7 +106,10 @@ def test_no_flipped_header_bit_leads_to_a_traceback(tmp_path):
     ("header", "data"),
     [
         ({"prompt_embeddings": {"dtype": "F32", "shape": [2**40, 2**20], "data_offsets": [0, 2**62]}}, b""),
-        ({"prompt_embeddings": {"dtype": "F32", "shape": [100_000, 1], "data_offsets": [0, 400_000]}}, bytes(400_000)),
+        (
+            {"prompt_embeddings": {"dtype": "F32", "shape": [100_000, 1], "data_offsets": [0, 400_000]}},
+            bytes(400_000),
+        ),
         ({"prompt_embeddings": {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 8]}}, bytes(8)),
         ({"prompt_embeddings": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}}, bytes(16)),
         ({"prompt_embeddings": {"dtype": "I64", "shape": [1, 2], "data_offsets": [0, 16]}}, bytes(16)),

@@ -167,7 +167,7 @@ def test_a_tokenizer_without_bos_cannot_carry_a_prompt_after_bos():
 
 def test_a_post_processor_of_another_kind_is_refused():
     tokenizer = tiny_tokenizer(bos=False)
-    tokenizer.backend_tokenizer.post_processor = processors.RobertaProcessing(sep=("</s>", 2), cls=("<s>", 1))
+    tokenizer.backend_tokenizer.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 1))
     with pytest.raises(InputError, match="RobertaProcessing"):
         extend_tokenizer(tokenizer, 3, layout="prompt-text")
 

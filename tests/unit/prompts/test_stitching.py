@@ -3,17 +3,18 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
-from prompt_cases import TEXT, load_case, sample_ids, stitched_case
+from prompt_cases import TEXT, load_case, stitched_case
 from safetensors import safe_open
 from tiny_models import FAMILIES, VOCAB_SIZE, tiny_model
 from transformers import AutoConfig, BartConfig
 
 from ctp_cli.errors import InputError, UnsupportedModelError
 from ctp_cli.prompts import rejection
-from ctp_cli.prompts.stitching import embedding_scale, stitch_vocabulary, table_names
+from ctp_cli.prompts.stitching import _check_only_tables_grow, embedding_scale, table_names
 
 # Same weights, same order of sums; only the head is wider. Float32 leaves no room for more.
 TOLERANCE = 1e-5
@@ -172,22 +173,11 @@ def test_an_encoder_decoder_is_refused():
 
 
 def test_tables_that_also_grow_with_the_vocabulary_are_refused(tmp_path):
-    base = tiny_model("llama", tmp_path / "base")
-    case = load_case(base, tmp_path / "stitched")
-    case.folder.mkdir()
-    config = AutoConfig.for_model(
-        "gemma3n_text", hidden_size=64, intermediate_size=[64] * 2, num_hidden_layers=2, vocab_size=VOCAB_SIZE
-    )
-    case.model.config = config  # per-layer embedding tables
-    with pytest.raises(UnsupportedModelError, match="depend on the vocabulary size|is not a plain table|holds no"):
-        stitch_vocabulary(
-            case.prompt,
-            model=case.model,
-            tokenizer=case.tokenizer,
-            base=base,
-            folder=case.folder,
-            sample_ids=sample_ids(case.tokenizer),
-        )
+    config = AutoConfig.from_pretrained(tiny_model("llama", tmp_path))
+    names, _ = table_names(config)
+    _check_only_tables_grow(config, 384, names)
+    with pytest.raises(UnsupportedModelError, match=r"model\.embed_tokens\.weight also depend"):
+        _check_only_tables_grow(config, 384, replace(names, embedding="another.weight"))
 
 
 def test_embedding_scale_is_asked_of_the_module(tmp_path):

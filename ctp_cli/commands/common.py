@@ -1,0 +1,97 @@
+"""What every command shares: options, error reporting, and finding the artifact a user most likely means."""
+
+import errno
+import functools
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, ParamSpec
+
+import typer
+
+from ctp_cli import artifact
+from ctp_cli.console import Console
+from ctp_cli.errors import CtpError, UnfinishedError
+
+Given = ParamSpec("Given")
+
+DEBUG_VARIABLE = "CTP_DEBUG"
+
+Output = Annotated[Path | None, typer.Option("-o", "--output", help="Folder to make.", rich_help_panel="Output")]
+Force = Annotated[bool, typer.Option("--force", help="Replace an existing output.", rich_help_panel="Output")]
+Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.", rich_help_panel="Output")]
+Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Only results and errors.", rich_help_panel="Output")]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, ...", rich_help_panel="Machine")]
+DryRun = Annotated[
+    bool,
+    typer.Option(
+        "--dry-run",
+        help="Check everything, say what would be done, load no weights.",
+        rich_help_panel="Output",
+    ),
+]
+
+INTERRUPTED = 130
+
+
+def reports_errors(command: Callable[Given, None]) -> Callable[Given, None]:
+    """Turn errors into a message and an exit code; a traceback only for bugs and only with `ctp --debug`."""
+
+    @functools.wraps(command)
+    def wrapped(*args: Given.args, **kwargs: Given.kwargs) -> None:
+        console = Console()
+        try:
+            command(*args, **kwargs)
+        except CtpError as error:
+            _stop(console, error)
+        except KeyboardInterrupt:
+            _stop(console, _interrupted(), code=INTERRUPTED)
+        except (typer.Exit, typer.Abort):
+            raise
+        except Exception as error:
+            if _disk_is_full(error):
+                _stop(
+                    console,
+                    UnfinishedError("the disk is full", hint="make room and run the same command: it goes on"),
+                )
+            if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+                _stop(
+                    console,
+                    UnfinishedError(f"out of memory ({error})", hint="use a smaller batch, --seqlen or model"),
+                )
+            if os.environ.get(DEBUG_VARIABLE):
+                raise
+            bug = CtpError(f"a bug in ctp: {type(error).__name__}: {error}", hint="ctp --debug COMMAND shows where")
+            _stop(console, bug, code=1)
+
+    return wrapped
+
+
+def _interrupted() -> CtpError:
+    return CtpError("interrupted", hint="finished parts are kept: run the same command again to go on")
+
+
+def _stop(console: Console, error: CtpError, code: int | None = None) -> None:
+    console.error(error)
+    raise typer.Exit(error.exit_code if code is None else code) from None
+
+
+def _disk_is_full(error: BaseException | None) -> bool:
+    """Also where a library wrapped the system's error (safetensors says it in words)."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        if "No space left on device" in str(error) or "os error 28" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def newest_or(kinds: tuple[str, ...], fallback: str, console: Console) -> str:
+    """The newest artifact of these kinds in the current folder, else `fallback`; says which."""
+    found = artifact.newest(kinds, Path.cwd())
+    if found is not None:
+        console.note(f"no MODEL given: taking the newest checkpoint here, {found.name}")
+        return str(found)
+    console.note(f"no MODEL given and no checkpoint of ctp's here: taking {fallback}")
+    return fallback

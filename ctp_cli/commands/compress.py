@@ -1,0 +1,118 @@
+"""ctp compress"""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ctp_cli.commands.common import Device, DryRun, Force, Json, Output, Quiet, reports_errors
+from ctp_cli.console import Console, size_text, time_text
+from ctp_cli.recipe import CompressSection, build
+
+EMBEDDED = "smollm2-135m"
+
+WHAT, HOW, TEXT = "What to compress", "How", "Calibration text"
+
+
+@reports_errors
+def compress(
+    model: Annotated[str | None, typer.Argument(help=f"Folder, hub id, or {EMBEDDED} (the default).")] = None,
+    sparsity: Annotated[
+        str | None, typer.Option(help="Fraction to prune (0.5), or n:m (2:4).", rich_help_panel=WHAT)
+    ] = None,
+    bits: Annotated[int | None, typer.Option(help="2, 3, 4 or 8 bits per kept weight.", rich_help_panel=WHAT)] = None,
+    format: Annotated[str | None, typer.Option(help="auto, dense or gptq.", rich_help_panel=WHAT)] = None,
+    group_size: Annotated[str | None, typer.Option(help="auto, row, or inputs per scale.", rich_help_panel=HOW)] = None,
+    symmetric: Annotated[bool | None, typer.Option("--symmetric/--asymmetric", rich_help_panel=HOW)] = None,
+    mse_clip: Annotated[
+        bool | None, typer.Option(help="Clip each group's range by least error.", rich_help_panel=HOW)
+    ] = None,
+    act_order: Annotated[str | None, typer.Option(help="none, column or group.", rich_help_panel=HOW)] = None,
+    true_sequential: Annotated[
+        bool | None, typer.Option(help="Layers see compressed predecessors.", rich_help_panel=HOW)
+    ] = None,
+    dampening: Annotated[float | None, typer.Option(help="Share of mean diag(H).", rich_help_panel=HOW)] = None,
+    pruner: Annotated[str | None, typer.Option(help="sparsegpt, wanda or magnitude.", rich_help_panel=HOW)] = None,
+    quantizer: Annotated[str | None, typer.Option(help="gptq or rtn.", rich_help_panel=HOW)] = None,
+    calibration: Annotated[
+        str | None, typer.Option(help="pydoc, c4, wikitext2, ptb, or FILE[:COLUMN].", rich_help_panel=TEXT)
+    ] = None,
+    windows: Annotated[int | None, typer.Option(help="Number of windows.", rich_help_panel=TEXT)] = None,
+    seqlen: Annotated[int | None, typer.Option(help="Tokens per window.", rich_help_panel=TEXT)] = None,
+    output: Output = None,
+    force: Force = False,
+    dry_run: DryRun = False,
+    device: Device = "auto",
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Prune and quantize a model, block by block.
+
+    \b
+    ctp compress --sparsity 0.5 --bits 4
+    ctp compress path/to/llama --bits 4 --calibration c4 -o llama-w4
+    ctp compress path/to/opt --sparsity 2:4 --calibration texts.jsonl
+    """
+    console = Console(quiet=quiet, json_mode=json)
+    section = build(
+        CompressSection,
+        {
+            "sparsity": sparsity,
+            "bits": bits,
+            "format": format,
+            "group_size": int(group_size) if group_size and group_size.lstrip("-").isdigit() else group_size,
+            "symmetric": symmetric,
+            "mse_clip": mse_clip,
+            "act_order": act_order,
+            "true_sequential": true_sequential,
+            "dampening": dampening,
+            "pruner": pruner,
+            "quantizer": quantizer,
+            "calibration": calibration,
+            "windows": windows,
+            "seqlen": seqlen,
+        },
+    )
+    from ctp_cli.models.devices import resolve_device
+    from ctp_cli.models.resolve import resolve_model
+    from ctp_cli.stages import compress as stage
+
+    if model is None:
+        console.note(f"no MODEL given: taking the embedded default, {EMBEDDED}")
+    progress = console.progress()
+    resolved = resolve_model(model or EMBEDDED, progress)
+    target = output or Path(stage.output_name(resolved, section))
+    if dry_run:
+        plan = stage.dry_run(section, model=resolved, output=target, force=force)
+        console.document("compress-plan", plan)
+        console.table("would compress", ("", ""), [(key, str(value)) for key, value in plan.items()])
+        return
+    report = stage.compress(
+        section, model=resolved, output=target, device=resolve_device(device), force=force, progress=progress
+    )
+    for note in report.notes:
+        console.note(f"note: {note}")
+    console.table(
+        f"compressed {resolved.name}",
+        ("", ""),
+        [
+            (
+                "checkpoint",
+                f"{size_text(report.checkpoint_bytes)} ({size_text(report.original_bytes)} before)",
+            ),
+            (
+                "bits per weight",
+                f"{report.bits_per_weight:.2f} of everything, {report.linear_bits_per_weight:.2f} of linear layers",
+            ),
+            ("zeros in linear layers", f"{report.linear_sparsity:.2%}"),
+            (
+                "mean relative error",
+                "-" if report.mean_relative_error is None else f"{report.mean_relative_error:.4f}",
+            ),
+            ("time", time_text(report.seconds)),
+        ],
+    )
+    console.document("compress", asdict(report) | {"path": str(report.path)})
+    console.result(str(report.path))
+    console.next_step(f"ctp learn {report.path} --max-time 10m")

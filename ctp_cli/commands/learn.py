@@ -1,0 +1,101 @@
+"""ctp learn"""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ctp_cli.commands.common import Device, Force, Json, Output, Quiet, newest_or, reports_errors
+from ctp_cli.commands.compress import EMBEDDED
+from ctp_cli.console import Console, time_text
+from ctp_cli.recipe import LearnSection, build
+
+LENGTH, TRAINING, TEXT = "How long", "Training", "Text"
+
+
+@reports_errors
+def learn(
+    model: Annotated[str | None, typer.Argument(help="Checkpoint to learn on; the newest one here by default.")] = None,
+    tokens: Annotated[
+        int | None, typer.Option(help="Rows of the prompt (num_virtual_tokens).", rich_help_panel=TRAINING)
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps.", rich_help_panel=LENGTH)] = None,
+    max_time: Annotated[
+        str | None, typer.Option(help="Instead of steps: 90s, 30m, 1.5h.", rich_help_panel=LENGTH)
+    ] = None,
+    patience: Annotated[
+        int | None, typer.Option(help="Validations without gain before stopping.", rich_help_panel=LENGTH)
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Sequences per step.", rich_help_panel=TRAINING)] = None,
+    seqlen: Annotated[int | None, typer.Option(help="Text tokens per sequence.", rich_help_panel=TRAINING)] = None,
+    learning_rate: Annotated[float | None, typer.Option("--lr", "--learning-rate", rich_help_panel=TRAINING)] = None,
+    mixed_precision: Annotated[str | None, typer.Option(help="no, bf16 or fp16.", rich_help_panel=TRAINING)] = None,
+    seed: Annotated[int | None, typer.Option(rich_help_panel=TRAINING)] = None,
+    text: Annotated[
+        str | None, typer.Option(help="pydoc, c4, wikitext2, ptb, or FILE[:COLUMN].", rich_help_panel=TEXT)
+    ] = None,
+    validation: Annotated[
+        str | None, typer.Option(help="Text that selects the best prompt.", rich_help_panel=TEXT)
+    ] = None,
+    validate_every: Annotated[int | None, typer.Option(help="Steps between validations.", rich_help_panel=TEXT)] = None,
+    validation_windows: Annotated[
+        int | None, typer.Option(help="Windows per validation.", rich_help_panel=TEXT)
+    ] = None,
+    output: Output = None,
+    force: Force = False,
+    device: Device = "auto",
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Learn a soft prompt on a frozen model, compressed or not.
+
+    \b
+    ctp learn smollm2-135m-s50-w4 --max-time 10m
+    ctp learn path/to/model --text mine.jsonl --tokens 50 --steps 500
+    """
+    console = Console(quiet=quiet, json_mode=json)
+    given = {
+        "tokens": tokens,
+        "steps": steps,
+        "max_time": max_time,
+        "patience": patience,
+        "batch_size": batch_size,
+        "seqlen": seqlen,
+        "learning_rate": learning_rate,
+        "mixed_precision": mixed_precision,
+        "seed": seed,
+        "text": text,
+        "validation": validation,
+        "validate_every": validate_every,
+        "validation_windows": validation_windows,
+    }
+    section = build(LearnSection, given)
+    from ctp_cli.models.devices import resolve_device
+    from ctp_cli.models.resolve import resolve_model
+    from ctp_cli.stages.compress import KIND as COMPRESSED
+    from ctp_cli.stages.learn import learn_prompt
+
+    progress = console.progress()
+    resolved = resolve_model(model or newest_or((COMPRESSED,), EMBEDDED, console), progress)
+    report = learn_prompt(
+        section,
+        model=resolved,
+        output=output or Path(f"{resolved.name}-prompt{section.tokens}"),
+        device=resolve_device(device),
+        force=force,
+        progress=progress,
+    )
+    console.table(
+        f"learned {section.tokens} prompt tokens on {resolved.name}",
+        ("", "validation perplexity"),
+        [
+            ("no prompt", f"{report.unprompted_perplexity:.3f}"),
+            ("random token embeddings", f"{report.start_perplexity:.3f}"),
+            (f"learned (step {report.best_step} of {report.steps})", f"{report.best_perplexity:.3f}"),
+        ],
+        caption=f"{time_text(report.seconds)} of learning; this text chose the prompt, so report on another one",
+    )
+    console.document("learn", asdict(report) | {"path": str(report.path), "prompt_file": str(report.prompt_file)})
+    console.result(str(report.prompt_file))
+    console.next_step(f"ctp stitch {report.prompt_file} {model or resolved.path}")

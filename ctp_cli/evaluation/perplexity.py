@@ -1,0 +1,97 @@
+"""Perplexity of a model, with or without a prompt, on windows of tokens; and whether two of them differ.
+
+N=windows T=tokens per window P=prompt tokens D=embedding width
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from ctp_kernels.prefix import fresh_copy, prefix_cache
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ctp_cli.models.head import Scorer
+from ctp_cli.progress import SILENT, Progress
+
+Convention = Literal["true", "paper"]
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """Total negative log-likelihood of each window (natural log, float64) and what is derived from it."""
+
+    window_nll_N: Tensor
+    scored_per_window: int
+    """T - 1: the first token of a window is context only."""
+    prompt_tokens: int
+
+    @property
+    def scored_tokens(self) -> int:
+        return self.window_nll_N.numel() * self.scored_per_window
+
+    def value(self, convention: Convention = "true") -> float:
+        """exp of the mean loss over scored tokens.
+
+        "paper" divides by prompt positions too, as the evaluator released with *Compress, Then Prompt* does; prompted
+        figures then come out too low. It exists for comparison with that publication only.
+        """
+        counted = self.scored_per_window + (self.prompt_tokens if convention == "paper" else 0)
+        return math.exp(self.window_nll_N.sum().item() / (self.window_nll_N.numel() * counted))
+
+    @property
+    def standard_error(self) -> float:
+        """Of the true perplexity, over windows, to first order."""
+        means_N = self.window_nll_N / self.scored_per_window
+        return self.value() * means_N.std(unbiased=True).item() / math.sqrt(means_N.numel())
+
+
+@torch.no_grad()
+def perplexity(
+    model: PreTrainedModel,
+    windows_NT: Tensor,
+    *,
+    prompt_PD: Tensor | None = None,
+    batch_size: int = 4,
+    progress: Progress = SILENT,
+) -> Perplexity:
+    """Score tokens 2..T of every window given the ones before them (and the prompt).
+
+    Prompt positions are never scored and never counted. The prompt's keys and values are computed once for all windows.
+    Raises: ValueError if the prompt is not as wide as the model's embeddings.
+    """
+    scorer = Scorer(model)
+    prefix = None if prompt_PD is None else prefix_cache(model, prompt_PD)
+    sums: list[Tensor] = []
+    progress.start("perplexity", windows_NT.shape[0])
+    for ids_BT in windows_NT.to(model.device).split(batch_size):
+        past: dict[str, Any] = (
+            {} if prefix is None else {"past_key_values": fresh_copy(prefix, batch_size=ids_BT.shape[0])}
+        )
+        nll_BT = scorer.nll(ids_BT, input_ids=ids_BT, **past)
+        sums.append(nll_BT.double().sum(dim=1).cpu())
+        progress.advance(ids_BT.shape[0])
+    progress.finish()
+    return Perplexity(torch.cat(sums), windows_NT.shape[1] - 1, 0 if prompt_PD is None else prompt_PD.shape[0])
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Mean loss of `b` minus that of `a` on the same windows, per token, with its standard error."""
+
+    mean: float
+    standard_error: float
+
+    @property
+    def measurable(self) -> bool:
+        """False inside two standard errors."""
+        return abs(self.mean) > 2 * self.standard_error
+
+
+def compare(a: Perplexity, b: Perplexity) -> Difference:
+    """Paired over windows, which must be the same for both."""
+    assert a.window_nll_N.shape == b.window_nll_N.shape and a.scored_per_window == b.scored_per_window
+    differences_N = (b.window_nll_N - a.window_nll_N) / a.scored_per_window
+    error = differences_N.std(unbiased=True).item() / math.sqrt(differences_N.numel())
+    return Difference(differences_N.mean().item(), error)

@@ -1,0 +1,18 @@
+"""Which device to work on."""
+
+import torch
+
+from ctp_cli.errors import RecipeError
+
+
+def resolve_device(name: str) -> str:
+    """'auto' is CUDA where there is one, else the CPU. Raises RecipeError for a device that is not there."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise RecipeError(f"device: {name!r} is not a torch device", hint="use auto, cpu or cuda") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise RecipeError(f"device: {name} asked for, but torch sees no CUDA device", hint="use --device cpu")
+    return str(device)

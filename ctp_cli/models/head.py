@@ -1,0 +1,80 @@
+"""From final hidden states to the loss of each token, without ever holding all logits.
+
+B=batch T=tokens N=positions D=hidden width V=vocabulary
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+_CHUNK = 256
+"""Positions whose logits are in memory at once."""
+
+
+class Scorer:
+    """Negative log-likelihoods of next tokens under a model whose parameters are frozen.
+
+    Splits the model into its decoder and its head, after checking on a few tokens that head(decoder(x)) really is the
+    model's output. Families that do more than that at the end (soft-capped or scaled logits) are scored through their
+    whole forward.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        head = model.get_output_embeddings()
+        self.head: nn.Linear | None = head if isinstance(head, nn.Linear) and self._is_plain(head) else None
+
+    @torch.no_grad()
+    def _is_plain(self, head: nn.Linear) -> bool:
+        ids = torch.arange(1, 9, device=self.model.device)[None] % head.weight.shape[0]
+        return torch.equal(head(self._hidden(input_ids=ids)), self.model(input_ids=ids, use_cache=False).logits)
+
+    def _hidden(self, **inputs: Any) -> Tensor:
+        hidden: Tensor = self.model.base_model(
+            use_cache=inputs.get("past_key_values") is not None, **inputs
+        ).last_hidden_state
+        return hidden
+
+    def nll(self, labels_BT: Tensor, *, skip: int = 0, **inputs: Any) -> Tensor:
+        """Loss of each label but the first of each row, (B, T - 1) float32; differentiable in `inputs_embeds`.
+
+        `inputs` go to the model as they are; its first `skip` output positions (a prompt given as embeddings) are left
+        out of the head altogether.
+        """
+        targets_BT = labels_BT[:, 1:]
+        if self.head is None:
+            logits = self.model(use_cache=inputs.get("past_key_values") is not None, **inputs).logits[:, skip:-1]
+            flat = nn.functional.cross_entropy(logits.float().flatten(0, 1), targets_BT.flatten(), reduction="none")
+            return flat.view(targets_BT.shape)
+        hidden_ND = self._hidden(**inputs)[:, skip:-1].flatten(0, 1)
+        losses_N: Tensor = _HeadLoss.apply(hidden_ND, self.head.weight, self.head.bias, targets_BT.flatten())
+        return losses_N.view(targets_BT.shape)
+
+
+class _HeadLoss(torch.autograd.Function):
+    """Cross-entropy of a frozen head, chunk by chunk; gradients are made in the forward pass, while logits exist."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, labels_N: Tensor) -> Tensor:
+        losses_N = torch.empty(labels_N.shape, dtype=torch.float32, device=hidden_ND.device)
+        wants_gradient = ctx.needs_input_grad[0]
+        gradient_ND = torch.empty_like(hidden_ND) if wants_gradient else None
+        for start in range(0, labels_N.numel(), _CHUNK):
+            part = slice(start, start + _CHUNK)
+            logits_CV = nn.functional.linear(hidden_ND[part], weight_VD, bias_V).float()
+            normalizer_C = torch.logsumexp(logits_CV, dim=-1)
+            labels_C1 = labels_N[part, None]
+            losses_N[part] = normalizer_C - logits_CV.gather(1, labels_C1)[:, 0]
+            if gradient_ND is not None:
+                share_CV = logits_CV.sub_(normalizer_C[:, None]).exp_()
+                share_CV.scatter_add_(1, labels_C1, share_CV.new_full(labels_C1.shape, -1.0))
+                gradient_ND[part] = share_CV.to(weight_VD.dtype) @ weight_VD
+        ctx.save_for_backward(gradient_ND)
+        return losses_N
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, None, None, None]:
+        (gradient_ND,) = ctx.saved_tensors
+        return (gradient_ND * outer[0][:, None].to(gradient_ND.dtype), None, None, None)

@@ -1,0 +1,231 @@
+"""Run a recipe's stages in order, skipping what is already made with the same settings from the same inputs."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ctp_cli import artifact
+from ctp_cli.errors import OutputError
+from ctp_cli.files import read_json
+from ctp_cli.models.resolve import ResolvedModel, resolve_model
+from ctp_cli.progress import SILENT, Progress
+from ctp_cli.recipe import EvalSection, LearnSection, Recipe
+
+FULL, COMPRESSED, PROMPTED = "full", "compressed", "compressed + prompt"
+REPORT = "report"
+
+
+@dataclass(frozen=True)
+class Step:
+    """One stage of a recipe: where its artifact goes, the key that stands for everything it depends on."""
+
+    name: str
+    output: Path
+    key: str
+    make: Callable[[], Any]
+
+    @property
+    def made(self) -> bool:
+        manifest = artifact.manifest_of(self.output)
+        return manifest is not None and manifest.get("made_for") == self.key
+
+
+@dataclass
+class Plan:
+    """The steps of a recipe, in order, on a resolved model."""
+
+    recipe: Recipe
+    model: ResolvedModel
+    steps: list[Step] = field(default_factory=list)
+
+    def output(self, name: str) -> Path:
+        return Path(self.recipe.output) / name
+
+
+def plan(recipe: Recipe, *, device: str, force: bool = False, progress: Progress = SILENT) -> Plan:
+    """Resolve the model and lay out the steps; loads no weights.
+
+    Raises OutputError if a step's folder holds something made with other settings, unless `force`.
+    """
+    made = Plan(recipe, resolve_model(recipe.model, progress))
+    _Builder(made, device, force, progress).build()
+    if not force:
+        for step in made.steps:
+            if step.output.exists() and not step.made:
+                raise OutputError(
+                    f"{step.output} exists and was made with other settings or inputs",
+                    hint="give the recipe another output (--set output=...), or replace it with --force",
+                )
+    return made
+
+
+def run(steps: Plan, progress: Progress = SILENT) -> list[tuple[Step, bool]]:
+    """Make what is not made yet. Returns each step with True where it had been made before."""
+    done = []
+    for step in steps.steps:
+        already = step.made
+        if already:
+            progress.say(f"{step.name}: already made, {step.output}")
+        else:
+            progress.say(f"{step.name}: making {step.output}")
+            with artifact.made_for(step.key):
+                step.make()
+        done.append((step, already))
+    return done
+
+
+@dataclass
+class _Builder:
+    plan: Plan
+    device: str
+    force: bool
+    progress: Progress
+
+    def build(self) -> None:
+        """Keys chain: a step's key holds the keys of the steps whose results it uses."""
+        recipe, base = self.plan.recipe, self.plan.model
+        root = artifact.folder_fingerprint(base.path)
+        subject, subject_key = base, root
+        if recipe.compress is not None:
+            subject_key = self._compress(root)
+            subject = self._made_model("compressed")
+        prompt_key = None
+        if recipe.learn is not None:
+            prompt_key = self._learn(subject, subject_key)
+            if recipe.stitch is not None:
+                self._stitch(subject, prompt_key)
+        if recipe.eval is not None:
+            evaluation_key = self._eval(recipe.eval, subject, prompt_key or subject_key)
+            if recipe.compress is not None:
+                self._report(evaluation_key)
+        if recipe.bench is not None:
+            self._bench(subject, prompt_key or subject_key, with_prompt=prompt_key is not None)
+
+    def _made_model(self, name: str) -> ResolvedModel:
+        base = self.plan.model
+        return ResolvedModel(self.plan.output(name).resolve(), f"{base.name}-{name}", base.embedded)
+
+    def _add(self, name: str, settings: Any, upstream: str, make: Callable[[Path], Any]) -> str:
+        content = json.dumps([name, settings, upstream], sort_keys=True, default=str)
+        key = hashlib.sha256(content.encode()).hexdigest()
+        output = self.plan.output(name)
+        self.plan.steps.append(Step(name, output, key, lambda: make(output)))
+        return key
+
+    def _compress(self, upstream: str) -> str:
+        from ctp_cli.stages.compress import compress
+
+        section = self.plan.recipe.compress
+        assert section is not None
+        options: dict[str, Any] = {"device": self.device, "force": self.force, "progress": self.progress}
+        return self._add(
+            "compressed",
+            [section.model_dump(), _text_key(section.calibration)],
+            upstream,
+            lambda output: compress(section, model=self.plan.model, output=output, **options),
+        )
+
+    def _learn(self, subject: ResolvedModel, upstream: str) -> str:
+        from ctp_cli.stages.learn import learn_prompt
+
+        given = self.plan.recipe.learn
+        assert given is not None
+        seed = given.seed if "seed" in given.model_fields_set else self.plan.recipe.seed
+        section = LearnSection.model_validate(given.model_dump() | {"seed": seed})
+        options: dict[str, Any] = {"device": self.device, "force": self.force, "progress": self.progress}
+        return self._add(
+            "prompt",
+            [section.model_dump(), _text_key(section.text), _text_key(section.validation)],
+            upstream,
+            lambda output: learn_prompt(section, model=subject, output=output, **options),
+        )
+
+    def _stitch(self, subject: ResolvedModel, upstream: str) -> str:
+        from ctp_cli.stages.stitch import stitch
+
+        section = self.plan.recipe.stitch
+        assert section is not None
+        return self._add(
+            "stitched",
+            section.model_dump(),
+            upstream,
+            lambda output: stitch(
+                section,
+                prompt_path=self.plan.output("prompt"),
+                model_path=subject.path,
+                output=output,
+                force=self.force,
+                progress=self.progress,
+            ),
+        )
+
+    def _eval(self, section: EvalSection, subject: ResolvedModel, upstream: str) -> str:
+        from ctp_cli.stages.eval import Target, check_gate, evaluate
+
+        targets = [Target(FULL, self.plan.model)]
+        if self.plan.recipe.compress is not None:
+            targets.append(Target(COMPRESSED, subject))
+        if self.plan.recipe.learn is not None:
+            label = PROMPTED if self.plan.recipe.compress is not None else f"{FULL} + prompt"
+            targets.append(Target(label, subject, self.plan.output("prompt")))
+        options: dict[str, Any] = {"device": self.device, "force": self.force, "progress": self.progress}
+        return self._add(
+            "evaluation",
+            [section.model_dump(), [_text_key(text) for text in section.ppl]],
+            upstream,
+            lambda output: check_gate(section, evaluate(section, targets=targets, output=output, **options)),
+        )
+
+    def _bench(self, subject: ResolvedModel, upstream: str, *, with_prompt: bool) -> str:
+        from ctp_cli.stages.bench import bench
+
+        section = self.plan.recipe.bench
+        assert section is not None
+        return self._add(
+            "benchmark",
+            section.model_dump(),
+            upstream,
+            lambda output: bench(
+                section,
+                model_path=subject.path,
+                prompt_path=self.plan.output("prompt") if with_prompt else None,
+                output=output,
+                device=self.device,
+                force=self.force,
+                progress=self.progress,
+            ),
+        )
+
+    def _report(self, upstream: str) -> str:
+        def draw(output: Path) -> None:
+            from ctp_cli.benchmark.figures import recovery_figure
+
+            scores = read_json(self.plan.output("evaluation") / "scores.json")["scores"]
+            texts: dict[str, dict[str, tuple[float, float]]] = {}
+            for score in scores:
+                texts.setdefault(score["text"], {})[score["label"]] = (
+                    score["perplexity"],
+                    score["standard_error"],
+                )
+            with artifact.workspace(output, kind=REPORT, identity={"scores": upstream}, force=self.force) as space:
+                recovery_figure(
+                    texts,
+                    space.path / "recovery.png",
+                    title=f"{self.plan.model.name}: perplexity, lower is better",
+                )
+                space.finish({"recipe": self.plan.recipe.model_dump(), "results": texts})
+
+        return self._add(REPORT, None, upstream, draw)
+
+
+def _text_key(spec: str | None) -> str | None:
+    """A local file's content is part of what a step depends on; a named text is known by its name."""
+    if spec is None:
+        return None
+    path = spec.partition("=")[2] or spec
+    candidates = [Path(path), Path(path.rpartition(":")[0] or path)]
+    found = next((candidate for candidate in candidates if candidate.is_file()), None)
+    return spec if found is None else artifact.file_fingerprint(found)

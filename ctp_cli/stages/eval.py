@@ -1,0 +1,265 @@
+"""Perplexity of several checkpoints and prompts on several texts, in one table."""
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ctp_cli.artifact import file_fingerprint, folder_fingerprint, manifest_of, refuse_existing, workspace
+from ctp_cli.data.sources import Text, load_text
+from ctp_cli.data.windows import token_ids, windows
+from ctp_cli.errors import GateFailedError, InputError
+from ctp_cli.evaluation.perplexity import Perplexity, compare, perplexity
+from ctp_cli.files import write_json
+from ctp_cli.models.loading import decoder_embedding, load_model, load_tokenizer
+from ctp_cli.models.resolve import ResolvedModel
+from ctp_cli.progress import SILENT, Progress
+from ctp_cli.prompts.file import PROMPT_FILE, Prompt, check_fits, load_prompt
+from ctp_cli.prompts.vocab import token_names
+from ctp_cli.recipe import EvalSection
+from ctp_cli.stages.compress import default_text
+
+log = logging.getLogger(__name__)
+
+KIND = "evaluation"
+
+
+@dataclass(frozen=True)
+class Target:
+    """One row of the table: a checkpoint, and a prompt file or None. `label` must be unique."""
+
+    label: str
+    model: ResolvedModel
+    prompt: Path | None = None
+
+
+@dataclass(frozen=True)
+class Score:
+    """One cell. `against_first` compares with the first target on the same windows, None for the first itself."""
+
+    label: str
+    text: str
+    perplexity: float
+    standard_error: float
+    against_first: str | None
+    details: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class EvalReport:
+    """Scores in the order of targets, then texts; `output` is None where nothing was to be saved."""
+
+    scores: tuple[Score, ...]
+    convention: str
+    output: Path | None
+    warnings: tuple[str, ...]
+
+    def value(self, label: str, text: str) -> tuple[float, float]:
+        score = next(s for s in self.scores if s.label == label and s.text == text)
+        return score.perplexity, score.standard_error
+
+    def texts(self) -> list[str]:
+        return list(dict.fromkeys(score.text for score in self.scores))
+
+    def labels(self) -> list[str]:
+        return list(dict.fromkeys(score.label for score in self.scores))
+
+
+def evaluate(
+    section: EvalSection,
+    *,
+    targets: Sequence[Target],
+    output: Path | None = None,
+    device: str = "cpu",
+    force: bool = False,
+    progress: Progress = SILENT,
+) -> EvalReport:
+    """Raises CtpError kinds for models, prompts or texts that cannot be used; nothing is left behind then."""
+    if output is not None:
+        refuse_existing(output, force=force)
+    specs = section.ppl or (default_text(targets[0].model) + (":test" if targets[0].model.embedded else ""),)
+    texts = [load_text(spec, default_part="test") for spec in specs]
+    prompts = {target.label: _load_prompt(target) for target in targets}
+    tokens = {target.label: _windows(section, target, texts) for target in targets}
+    results = _measure(section, targets, prompts, tokens, device, progress)
+    report = _report(section, targets, texts, results, output, _overlaps(prompts, texts))
+    if output is not None:
+        _save(section, targets, report, output, force)
+    return report
+
+
+def check_gate(section: EvalSection, report: EvalReport) -> None:
+    """Raises GateFailedError if any perplexity is above `max_ppl`."""
+    over = [s for s in report.scores if section.max_ppl is not None and s.perplexity > section.max_ppl]
+    if over:
+        lines = ", ".join(f"{s.label} on {s.text}: {s.perplexity:.2f}" for s in over)
+        raise GateFailedError(f"perplexity above max_ppl {section.max_ppl:g}: {lines}")
+
+
+def _load_prompt(target: Target) -> Prompt | None:
+    return None if target.prompt is None else load_prompt(target.prompt)
+
+
+def _windows(section: EvalSection, target: Target, texts: Sequence[Text]) -> dict[str, Tensor]:
+    tokenizer = load_tokenizer(target.model.path)
+    return {
+        text.label: windows(token_ids(text, tokenizer), section.seqlen, most=section.windows, text=text, at_least=2)
+        for text in texts
+    }
+
+
+def _measure(
+    section: EvalSection,
+    targets: Sequence[Target],
+    prompts: dict[str, Prompt | None],
+    tokens: dict[str, dict[str, Tensor]],
+    device: str,
+    progress: Progress,
+) -> dict[tuple[str, str], Perplexity]:
+    results: dict[tuple[str, str], Perplexity] = {}
+    loaded: tuple[Path, PreTrainedModel] | None = None
+    for target in targets:
+        if loaded is None or loaded[0] != target.model.path:
+            loaded = None  # let go of the last model before the next one is read
+            loaded = (target.model.path, load_model(target.model.path, device=device))
+        network = loaded[1]
+        rows_PD = _prompt_rows(target, prompts[target.label], network)
+        for label, windows_NT in tokens[target.label].items():
+            results[target.label, label] = perplexity(
+                network, windows_NT, prompt_PD=rows_PD, batch_size=section.batch_size, progress=progress
+            )
+            value = results[target.label, label].value()
+            progress.say(f"{target.label}: perplexity {value:.3f} on {label}")
+    return results
+
+
+def _prompt_rows(target: Target, prompt: Prompt | None, network: PreTrainedModel) -> Tensor | None:
+    """The rows that stand before every window: a given prompt's, or those stitched into the checkpoint."""
+    tokenizer = load_tokenizer(target.model.path)
+    stitched = _stitched_rows(network, tokenizer)
+    if prompt is None:
+        return stitched
+    if stitched is not None:
+        raise InputError(f"{target.model.path} already carries a prompt", hint="evaluate it without --prompt")
+    table = decoder_embedding(network).weight
+    for line in check_fits(prompt, tokenizer=tokenizer, embedding=table, model=str(target.model.path)):
+        log.warning("%s", line)
+    return prompt.embeddings
+
+
+def _stitched_rows(network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Tensor | None:
+    vocabulary = tokenizer.get_vocab()
+    count = sum(1 for name in vocabulary if name.startswith("<|ctp_"))
+    if count == 0:
+        return None
+    ids = torch.tensor([vocabulary[name] for name in token_names(count)], device=network.device)
+    rows: Tensor = decoder_embedding(network)(ids)
+    return rows
+
+
+def _overlaps(prompts: dict[str, Prompt | None], texts: Sequence[Text]) -> tuple[str, ...]:
+    """A figure on text that made or chose the prompt is not a result; say so."""
+    warnings = []
+    for label, prompt in prompts.items():
+        data = json.loads(prompt.metadata.data) if prompt is not None and prompt.metadata.data else {}
+        for text in texts:
+            for what in ("text", "validation"):
+                if data.get(f"{what}_sha256") == text.sha256:
+                    verb = "learned from" if what == "text" else "chosen on"
+                    warnings.append(f"{label}: its prompt was {verb} {text.label}; that figure is not a result")
+    return tuple(warnings)
+
+
+def _report(
+    section: EvalSection,
+    targets: Sequence[Target],
+    texts: Sequence[Text],
+    results: dict[tuple[str, str], Perplexity],
+    output: Path | None,
+    warnings: tuple[str, ...],
+) -> EvalReport:
+    scores = []
+    for target in targets:
+        for text in texts:
+            result = results[target.label, text.label]
+            first = results[targets[0].label, text.label]
+            scores.append(
+                Score(
+                    label=target.label,
+                    text=text.label,
+                    perplexity=result.value(section.convention),
+                    standard_error=result.standard_error,
+                    against_first=None if target is targets[0] else _against(first, result),
+                    details={
+                        "source": text.source,
+                        "sha256": text.sha256,
+                        "seqlen": section.seqlen,
+                        "windows": result.window_nll_N.numel(),
+                        "scored_tokens": result.scored_tokens,
+                        "prompt_tokens": result.prompt_tokens,
+                        "bos": False,
+                        "convention": section.convention,
+                        "mean_nll": result.window_nll_N.sum().item() / result.scored_tokens,
+                    },
+                )
+            )
+    return EvalReport(tuple(scores), section.convention, output, warnings)
+
+
+def _against(first: Perplexity, other: Perplexity) -> str:
+    if first.window_nll_N.shape != other.window_nll_N.shape:
+        return "other tokens: not comparable"
+    difference = compare(first, other)
+    if not difference.measurable:
+        return "no measurable difference"
+    return f"{difference.mean:+.3f} ± {difference.standard_error:.3f} nats/token"
+
+
+def _save(section: EvalSection, targets: Sequence[Target], report: EvalReport, output: Path, force: bool) -> None:
+    inputs = [
+        {
+            "label": target.label,
+            "model": {"name": target.model.name, "sha256": folder_fingerprint(target.model.path)},
+            "prompt": None if target.prompt is None else file_fingerprint(_prompt_file(target.prompt)),
+        }
+        for target in targets
+    ]
+    with workspace(output, kind=KIND, identity={"eval": section.model_dump(), "inputs": inputs}, force=force) as space:
+        write_json(space.path / "scores.json", document(report))
+        space.finish(
+            {
+                "recipe": {"eval": section.model_dump()},
+                "inputs": inputs,
+                "base_model": (manifest_of(targets[0].model.path) or {}).get("base_model", targets[0].model.name),
+                "results": "scores.json",
+            }
+        )
+
+
+def _prompt_file(path: Path) -> Path:
+    return path / PROMPT_FILE if path.is_dir() else path
+
+
+def document(report: EvalReport) -> dict[str, Any]:
+    """The report as JSON: scores with everything needed to check them."""
+    return {
+        "convention": report.convention,
+        "warnings": list(report.warnings),
+        "scores": [
+            {
+                "label": s.label,
+                "text": s.text,
+                "perplexity": s.perplexity,
+                "standard_error": s.standard_error,
+                "against_first": s.against_first,
+                **s.details,
+            }
+            for s in report.scores
+        ],
+    }
