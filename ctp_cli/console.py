@@ -55,9 +55,12 @@ class Console:
         """A result table on stdout; numbers arrive as text, already rounded by whoever knows their units."""
         if self.json_mode:
             return
-        table = Table(title=title, title_justify="left", caption=caption or None, caption_justify="left")
+        headed = any(columns)
+        table = Table(
+            title=title, title_justify="left", caption=caption or None, caption_justify="left", show_header=headed
+        )
         for index, column in enumerate(columns):
-            table.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
+            table.add_column(column, justify="right" if headed and index else "left", overflow="fold")
         for row in rows:
             table.add_row(*row)
         self._out.print(table, soft_wrap=False)

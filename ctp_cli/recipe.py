@@ -262,7 +262,7 @@ def _problem(section: type[BaseModel], item: Any, where: str) -> str:
             message += f", did you mean {close[0]}?"
         elif known:
             message += f"; known here: {', '.join(known)}"
-    elif item["type"] != "missing" and not isinstance(item.get("input"), dict):
+    elif item["type"] not in ("missing", "value_error") and not isinstance(item.get("input"), dict):
         message += f" (got {item.get('input')!r})"
     return f"{where + ': ' if where else ''}{place}: {message}"
 

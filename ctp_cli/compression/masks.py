@@ -49,7 +49,13 @@ def _keep_over_all(score_CO: Tensor, fraction: float) -> Tensor:
     if pruned == 0:
         return torch.ones_like(score_CO, dtype=torch.bool)
     threshold = torch.kthvalue(score_CO.flatten(), pruned).values
-    return score_CO > threshold
+    keep = score_CO > threshold
+    # bfloat16 weights often share a magnitude: of those at the threshold, only as many go as are still to be pruned
+    kept_at_threshold = score_CO.numel() - pruned - int(keep.sum())
+    if kept_at_threshold > 0:
+        ties = torch.nonzero((score_CO == threshold).flatten()).flatten()
+        keep.view(-1)[ties[-kept_at_threshold:]] = True
+    return keep
 
 
 def keep_per_output(score_CO: Tensor, rule: MaskRule) -> Tensor:

@@ -8,7 +8,10 @@ O=out_features I=in_features C=columns (inputs) of one block G=groups; weights a
 input's weights are contiguous
 """
 
+import itertools
+import contextlib
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -129,10 +132,12 @@ def _order(H_II: Tensor | None, rule: SolverRule, in_features: int) -> Tensor:
     energy_I = torch.diagonal(H_II)
     if rule.act_order == "column":
         return torch.argsort(energy_I, descending=True, stable=True)
-    run = rule.mask.m if rule.mask is not None and rule.mask.m else 1  # n:m runs stay together
+    run = rule.mask.m if rule.mask is not None and rule.mask.m else 1
     group = rule.grid.group_size if rule.grid is not None and rule.grid.group_size else in_features
-    positions = torch.arange(in_features)
-    for unit, within in ((run, group), (group, in_features)):
+    # what must stay together: n:m runs within groups, or groups within longer runs, whose own inputs are then free
+    sizes = (run, group, in_features) if run <= group else (1, group, run, in_features)
+    positions = torch.arange(in_features, device=H_II.device)
+    for unit, within in itertools.pairwise(sizes):
         blocks = positions.view(-1, within // unit, unit)
         rank = energy_I[blocks].sum(-1).argsort(dim=1, descending=True, stable=True)
         positions = torch.gather(blocks, 1, rank[..., None].expand_as(blocks)).flatten()
@@ -170,10 +175,25 @@ def _sweep(
         stop = min(start + size, in_features)
         if mask is not None and keep_IO is not None:
             keep_IO[start:stop] = _block_mask(W_IO[start:stop], U_II, start, stop, mask, spans)
-        errors_CO = _take_block(swept, U_II, grid_rule, start, stop)
+        with _one_thread():
+            errors_CO = _take_block(swept, U_II, grid_rule, start, stop)
         if U_II is not None and errors_CO is not None:
             W_IO[stop:].addmm_(U_II[start:stop, stop:].T, errors_CO, alpha=-1)
     return swept
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """The column loop is thousands of operations of microseconds each.
+
+    Handing them to a thread pool gains nothing, and on a machine that is busy otherwise every hand-over waits.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _block_mask(W_CO: Tensor, U_II: Tensor | None, start: int, stop: int, mask: MaskRule, spans: list[slice]) -> Tensor:

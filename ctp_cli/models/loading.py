@@ -86,7 +86,7 @@ def _load_gptq(path: Path, config: Any, quantization: Any, dtype: torch.dtype | 
         skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     transposed = {name for name, module in skeleton.named_modules() if type(module).__name__ == "Conv1D"}
     state = gptq.read_dense_state(path, settings, dtype=dtype or config.dtype or torch.float16, transposed=transposed)
-    factory: Any = AutoModelForCausalLM  # its annotations do not know the documented form without a path
+    factory: Any = type(skeleton)  # the Auto class insists on a path
     model: PreTrainedModel = factory.from_pretrained(None, config=config, state_dict=state, dtype=dtype or config.dtype)
     return model
 

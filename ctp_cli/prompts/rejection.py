@@ -1,7 +1,6 @@
 """Output-head rows that keep the prompt's tokens out of every prediction, and the probability they still get.
 
-A zero row is no way out: its logit 0 is not "impossible". The row has to point away from every final hidden
-state.
+A zero row is no way out: its logit 0 is not "impossible". The row must point away from the final hidden states.
 """
 
 # D=width of the head's input  N=hidden states  T=tokens
@@ -25,10 +24,8 @@ MAX_MASS = 1e-4
 """More than this is an error."""
 _WINDOW_TOKENS = 128
 _LOWEST_BIAS = -1e4  # far below any logit, and finite in float16
-# (ridge, logit at the mean): the mean's own direction first, which is the least that has to be believed of a
-# sample
+# (ridge, logit at the mean); the mean's own direction comes first, for it asks the least of a small sample
 _ATTEMPTS = ((None, -30.0), (None, -60.0), (1.0, -30.0), (0.1, -30.0), (0.1, -60.0), (0.01, -60.0))
-
 
 Candidate = tuple[torch.Tensor, float | None]
 
@@ -55,9 +52,7 @@ def output_head(model: PreTrainedModel) -> nn.Linear:
 def prompted_embeddings(
     model: PreTrainedModel, prompt: Prompt, ids_T: torch.Tensor, *, bos_id: int | None
 ) -> torch.Tensor:
-    """(1, [1 +] num_virtual_tokens + T, width): what the model sees for [BOS,] prompt, text, in the model's
-    dtype.
-    """
+    """What the model sees for [BOS,] prompt, text: (1, [1 +] num_virtual_tokens + T, width), in its dtype."""
     embed = decoder_embedding(model)
     rows = prompt.embeddings.to(embed.weight.device, embed.weight.dtype)
     parts = [embed(torch.tensor([bos_id], device=rows.device))] if bos_id is not None else []

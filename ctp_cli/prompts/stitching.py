@@ -1,7 +1,6 @@
 """Vocabulary stitching: the prompt becomes new tokens of an ordinary checkpoint, which any engine serves.
 
-Only embedding table, output head and tokenizer are written; every file whose tensors do not change is
-linked, unread.
+Only embedding table, output head and tokenizer are written; a file whose tensors do not change is linked.
 """
 
 # R=rows of the embedding table  E=embedding width  D=width of the head's input
@@ -79,12 +78,11 @@ def stitch_vocabulary(
 ) -> StitchedCheckpoint:
     """Write into the empty `folder` the checkpoint `base` with the prompt as part of its vocabulary.
 
-    `model` and `tokenizer` are what `base` loads as; `sample_ids` (T,) is text to measure on, a few hundred
-    tokens.
-    Raises InputError for a checkpoint that cannot carry a prompt; then nothing was written.
+    `model` and `tokenizer` are what `base` loads as; `sample_ids` (T,) are a few hundred tokens to measure on.
+    Raises InputError for a checkpoint that cannot carry a prompt: then `folder` holds nothing worth keeping.
     """
     names, saved = table_names(model.config)
-    stored = _stored_names(saved, base)
+    stored = _stored_names(names, saved, base)
     extended = extend_tokenizer(tokenizer, prompt.num_virtual_tokens, layout=prompt.metadata.layout)
     rows = _row_count(decoder_embedding(model).weight.shape[0], extended.token_ids)
     config = _stitched_config(base, rows)
@@ -167,22 +165,31 @@ def _check_only_tables_grow(config: PretrainedConfig, rows: int, names: TableNam
         )
 
 
-def _stored_names(names: TableNames, base: Path) -> TableNames:
-    """The names as this checkpoint spells them: older files leave out the prefix of the decoder."""
+def _stored_names(names: TableNames, saved: TableNames, base: Path) -> TableNames:
+    """The names as this checkpoint spells them: `saved`, or those of the model's modules, or without the prefix of the
+    decoder, as older files have them. A tied head, which is not stored, is called as `saved` has it.
+    """
     files = weight_files(base)
-    if f"{names.head.removesuffix('.weight')}.qweight" in files:
+
+    def spelling(module_name: str, saved_name: str) -> str | None:
+        exact = [name for name in (saved_name, module_name) if name in files]
+        shorter = [name for name in files if saved_name.endswith(f".{name}")]
+        return exact[0] if exact else shorter[0] if len(shorter) == 1 else None
+
+    heads = {name.removesuffix(".weight") for name in (names.head, saved.head)}
+    if any(f"{head}.qweight" in files for head in heads):
         raise UnsupportedModelError(f"{base}: its output head is quantized", hint="use --format peft")
-    spellings = [name for name in files if name == names.embedding or names.embedding.endswith(f".{name}")]
-    if names.embedding not in spellings and len(spellings) != 1:
-        raise InputError(f"{base}: holds no tensor {names.embedding}", hint="is the checkpoint complete?")
-    embedding = names.embedding if names.embedding in spellings else spellings[0]
-    return TableNames(embedding, names.head, names.head_bias)
+    embedding = spelling(names.embedding, saved.embedding)
+    if embedding is None:
+        raise InputError(f"{base}: holds no tensor {saved.embedding}", hint="is the checkpoint complete?")
+    bias = None
+    if names.head_bias is not None and saved.head_bias is not None:
+        bias = spelling(names.head_bias, saved.head_bias) or saved.head_bias
+    return TableNames(embedding, spelling(names.head, saved.head) or saved.head, bias)
 
 
 def _row_count(base_rows: int, token_ids: Iterable[int]) -> int:
-    """Rows after stitching. Where the base's count is a multiple of 64, which some engines want, it stays
-    one.
-    """
+    """Rows after stitching; a multiple of 64, which some engines want, where the base's count is one."""
     rows = max(base_rows, max(token_ids) + 1)
     return rows if base_rows % 64 else -(-rows // 64) * 64
 
@@ -198,8 +205,7 @@ def _grown_tables(
 ) -> dict[str, torch.Tensor]:
     """Embedding table (R, E), head (R, D) and bias (R,) by name, in the model's dtype.
 
-    Rows of padding that no token owns get the prompt tokens' head row as well: they are no more likely than
-    those.
+    New rows of padding, which no token owns, get the prompt tokens' head row as well.
     """
     embedding, head = decoder_embedding(model), output_head(model)
     old = embedding.weight

@@ -1,6 +1,4 @@
-"""Give a tokenizer the prompt's tokens, and make it put them before every text and every chat, exactly
-once.
-"""
+"""Give a tokenizer the prompt's tokens, and make it put them before every text and chat, exactly once."""
 
 import copy
 import json
@@ -67,8 +65,7 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, *, layout: Layout) -> No
 
 
 def extend_tokenizer(tokenizer: PreTrainedTokenizerBase, count: int, *, layout: Layout) -> StitchedTokenizer:
-    """Add `count` prompt tokens and put them before every text and chat. `tokenizer` itself is left as it
-    was.
+    """Add `count` prompt tokens and put them before every text and chat; `tokenizer` itself is left alone.
 
     Raises InputError for a tokenizer that cannot carry a prompt.
     """
@@ -173,8 +170,7 @@ def _prefixed_chat(tokenizer: PreTrainedTokenizerBase, template: str, names: Seq
 
 
 def _bos_in_chat(tokenizer: PreTrainedTokenizerBase, template: str) -> str:
-    """Whether and how a chat begins with a BOS: 'none', 'variable' (once), or 'repeated' (also later, or
-    literally).
+    """How a chat begins with a BOS: 'none', 'variable' (once), 'repeated' (also later, or written literally).
 
     A literal BOS counts only if it occurs once: in ChatML `<|im_start|>` may be the BOS and begins every
     turn.
@@ -199,7 +195,7 @@ def _bos_in_chat(tokenizer: PreTrainedTokenizerBase, template: str) -> str:
 
 
 def save_tokenizer(stitched: StitchedTokenizer, folder: Path, *, model_max_length: int | None) -> None:
-    """Write the tokenizer so that every engine loads it with its post-processor, and check that it does.
+    """Write the tokenizer so that every engine loads it with its post-processor.
 
     `model_max_length` counts all tokens, the prompt's among them; it replaces a missing limit only.
     """

@@ -68,7 +68,8 @@ def stitch(
         raise InputError(f"{prompt_path}: a {prompt.metadata.kind} cannot be stitched", hint="learn a soft-prompt")
     progress.say(f"loading {model_path}")
     tokenizer = load_tokenizer(model_path)
-    check_tokenizer(tokenizer, layout=prompt.metadata.layout)
+    if section.format == "vocab":
+        check_tokenizer(tokenizer, layout=prompt.metadata.layout)  # before the weights are read
     model = load_model(model_path)
     table = decoder_embedding(model).weight
     unverified = check_fits(prompt, tokenizer=tokenizer, embedding=table, model=str(model_path))
@@ -142,6 +143,8 @@ def _peft(
     notes: tuple[str, ...],
 ) -> tuple[StitchReport, dict[str, Any]]:
     bos_id = tokenizer.bos_token_id if prompt.metadata.layout == "bos-prompt-text" else None
+    if prompt.metadata.layout == "bos-prompt-text" and bos_id is None:
+        raise InputError("the prompt stands after a BOS token, which this tokenizer does not have")
     base_name = str(model_path.resolve())
     notes = (*notes, *export_peft(prompt, space.path, model=model, base_name=base_name, bos_id=bos_id))
     written = (space.path / "adapter_model.safetensors").stat().st_size

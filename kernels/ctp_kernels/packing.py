@@ -22,12 +22,12 @@ def pack_rows(codes_NM: Tensor, bits: int) -> Tensor:
     if WORD_BITS % bits == 0:
         per_word = WORD_BITS // bits
         split = codes_NM.view(-1, per_word, columns)
-        words = torch.zeros(split.shape[0], columns, dtype=torch.int64)
+        words = torch.zeros(split.shape[0], columns, dtype=torch.int64, device=split.device)
         for position in range(per_word):
             words |= split[:, position] << (bits * position)
     else:
         split = codes_NM.view(-1, WORD_BITS, columns)  # `bits` words hold 32 codes
-        words = torch.zeros(split.shape[0], bits, columns, dtype=torch.int64)
+        words = torch.zeros(split.shape[0], bits, columns, dtype=torch.int64, device=split.device)
         for position in range(WORD_BITS):
             word, shift = divmod(position * bits, WORD_BITS)
             words[:, word] |= (split[:, position] << shift) & 0xFFFFFFFF

@@ -58,7 +58,9 @@ class Case:
         options = ["--bits", str(self.bits), "--group-size", str(self.group_size)]
         options.append("--symmetric" if self.symmetric else "--asymmetric")
         options += ["--act-order", self.act_order]
-        options += ["--windows", "16", "--seqlen", "128"]  # the format is on trial here, not the accuracy
+        # the format is on trial here, not the accuracy
+        options += ["--windows", "16", "--seqlen", "128"]
+        options += ["--quantizer", "rtn", "--no-mse-clip"] if self.embedded else []
         return options + (["--sparsity", str(self.sparsity)] if self.sparsity else [])
 
 
@@ -128,7 +130,7 @@ def compress(case: Case, model: Path, text: Path, folder: Path) -> tuple[Path, P
     for form in ("gptq", "dense"):
         made[form] = folder / f"{case.name}-{form}"
         command = [str(CTP), "compress", str(model), *case.options(), "--format", form]
-        _output([*command, "--calibration", str(text), "-o", str(made[form])])
+        _output([*command, "--calibration", str(text), "--force", "-o", str(made[form])])
     return made["gptq"], made["dense"]
 
 

@@ -1,4 +1,4 @@
-"""The stage: a prompt and a checkpoint on disk become one artifact, or a refusal that leaves nothing behind."""
+"""The stage: a prompt and a checkpoint become one artifact, or a refusal that leaves nothing behind."""
 
 import json
 import shutil
@@ -124,6 +124,16 @@ def test_too_much_mass_keeps_nothing(made, monkeypatch):
     with pytest.raises(InputError, match="of the probability"):
         _stitch(made)
     assert not list(made.glob("out*")) and not list(made.glob(".out*"))
+
+
+def test_a_refusal_after_the_first_file_keeps_nothing_either(made, monkeypatch):
+    def refuse(*_):
+        raise InputError("the tokenizer lost it")
+
+    monkeypatch.setattr("ctp_cli.prompts.stitching.check_saved_tokenizer", refuse)
+    with pytest.raises(InputError, match="lost it"):
+        _stitch(made)
+    assert not list(made.glob("out*"))
 
 
 def test_a_full_disk_is_no_bug_and_leaves_nothing(made, monkeypatch):

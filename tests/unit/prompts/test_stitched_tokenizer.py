@@ -1,4 +1,4 @@
-"""Every text and every chat begins with the prompt's tokens exactly once, whatever the tokenizer did before."""
+"""Every text and chat begins with the prompt's tokens exactly once, whatever the tokenizer did before."""
 
 import json
 
@@ -128,7 +128,8 @@ def test_assistant_masks_still_work(tmp_path):
     tokenizer = tiny_tokenizer(bos=False)
     tokenizer.chat_template = (
         "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'assistant' %}"
-        "{% generation %}{{ m['content'] }}{% endgeneration %}{% else %}{{ m['content'] }}{% endif %}{% endfor %}"
+        "{% generation %}{{ m['content'] }}{% endgeneration %}"
+        "{% else %}{{ m['content'] }}{% endif %}{% endfor %}"
     )
     settings = {"return_dict": True, "return_assistant_tokens_mask": True}
     before = tokenizer.apply_chat_template(CHAT, **settings)["assistant_masks"]

@@ -1,4 +1,4 @@
-"""A stitched checkpoint is an ordinary one: plain transformers gives the logits of the prompt as inputs_embeds."""
+"""A stitched checkpoint is ordinary: plain transformers gives the logits of the prompt as inputs_embeds."""
 
 import json
 import subprocess
