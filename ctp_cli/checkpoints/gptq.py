@@ -100,14 +100,16 @@ def unpack_layer(name: str, parts: dict[str, Tensor], settings: GPTQSettings) ->
     if missing := [part for part in _PARTS[:3] if part not in parts]:
         raise InputError(f"{name}: {', '.join(missing)} missing from the gptq checkpoint")
     qweight, qzeros, scales = (parts[part] for part in _PARTS[:3])
-    in_features = qweight.shape[0] * 32 // bits
+    in_features = qweight.shape[0] * 32 // bits if qweight.dim() else 0
     g_idx_I = parts.get("g_idx")
     if g_idx_I is None:
         group = settings.group_size if settings.group_size > 0 else in_features
         g_idx_I = torch.arange(in_features, dtype=torch.int32) // group
-    groups, outputs = scales.shape
+    groups, outputs = scales.shape if scales.dim() == 2 else (0, 0)
     fits = (
-        g_idx_I.shape == (in_features,)
+        qweight.dim() == 2
+        and in_features > 0
+        and g_idx_I.shape == (in_features,)
         and qweight.shape[1] == outputs
         and qzeros.shape == (groups, outputs * bits // 32)
         and int(g_idx_I.min()) >= 0

@@ -4,19 +4,22 @@ Each shard is whole on disk before the next is begun, so that interrupted work g
 prompt can later be stitched in by replacing the one file that holds embeddings and head.
 """
 
-from collections.abc import Iterable, Mapping
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.core_model_loading import revert_weight_conversion
 
 from ctp_cli.checkpoints import gptq
 from ctp_cli.compression.blockwise import LayerResult
+from ctp_cli.errors import InputError
 from ctp_cli.files import read_json, whole_file, write_json
 from ctp_cli.models.blocks import Block
 
@@ -51,7 +54,7 @@ def block_tensors(
 
 def restore_block(block: Block, path: Path, *, settings: gptq.GPTQSettings | None) -> None:
     """Load a block's compressed weights back into the model, as `block_tensors` wrote them."""
-    with safe_open(path, "pt") as handle:
+    with _reading(path) as handle:
         for layer in block.layers:
             if settings is None:
                 layer.parameter.data.copy_(handle.get_tensor(f"{layer.name}.weight"))
@@ -71,7 +74,27 @@ def outside_tensors(model: PreTrainedModel, blocks: list[Block]) -> dict[str, Te
         if not name.startswith(prefixes) and tensor.data_ptr() not in seen:
             seen.add(tensor.data_ptr())
             tensors[name] = tensor
-    return tensors
+    names = _names_on_disk(model, list(tensors))
+    return {names[name]: tensor for name, tensor in tensors.items()}
+
+
+def _names_on_disk(model: PreTrainedModel, names: list[str]) -> dict[str, str]:
+    """transformers 5 renamed modules (GPT-NeoX's embed_out is lm_head now); files keep the names all readers know."""
+    with torch.device("meta"):
+        # not the model itself, which would also restore peculiarities of the file it came from, such as no prefix
+        fresh: Any = type(model)(model.config)
+    return {name: next(iter(revert_weight_conversion(fresh, {name: torch.empty(0)}))) for name in names}
+
+
+@contextlib.contextmanager
+def _reading(shard: Path) -> Iterator[Any]:
+    try:
+        with safe_open(shard, "pt") as handle:
+            yield handle
+    except SafetensorError as error:
+        raise InputError(
+            f"{shard}: damaged or cut off ({error})", hint="remove this file and repeat the command: it is made again"
+        ) from None
 
 
 def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -88,7 +111,7 @@ def write_index(folder: Path) -> int:
     weight_map: dict[str, str] = {}
     total = 0
     for file in sorted(folder.glob("model-*.safetensors")):
-        with safe_open(file, "pt") as handle:
+        with _reading(file) as handle:
             for name in handle.keys():  # noqa: SIM118 - not a dict
                 weight_map[name] = file.name
         total += file.stat().st_size

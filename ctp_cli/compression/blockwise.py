@@ -1,7 +1,7 @@
 """Compress a model block by block, each with the inputs that the blocks before it, already compressed, produce."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 from ctp_cli.compression.hessian import Hessian
 from ctp_cli.compression.solver import Solution, SolverRule, solve
 from ctp_cli.errors import SolverError
-from ctp_cli.models.blocks import Block, LinearLayer, WalkState, shared_inputs, visit_inputs
+from ctp_cli.models.blocks import Block, LinearLayer, SuspendedRun, WalkState, advance, visit_inputs
 
 
 @dataclass(frozen=True)
@@ -25,41 +25,50 @@ class LayerResult:
 
 
 def compress_block(
-    block: Block,
-    state: WalkState,
-    rule: SolverRule,
-    *,
-    true_sequential: bool,
-    on_layers: Callable[[Sequence[LinearLayer]], None] = lambda layers: None,
+    block: Block, state: WalkState, rule: SolverRule, sets: Sequence[Sequence[LinearLayer]], *, true_sequential: bool
 ) -> list[LayerResult]:
-    """Compress every layer of a block in place; the block's inputs are `state.hidden_BTD`.
+    """Compress every layer of a block in place and replace the hidden states by the compressed block's outputs.
 
-    Layers fed by the same tensor share one Hessian and are solved together. With `true_sequential` each such set sees
-    inputs made by the sets before it in their compressed form.
+    `sets` are the layers fed by the same tensor (`shared_inputs`): they share one Hessian and are solved together. With
+    `true_sequential` each set sees inputs made by the sets before it in their compressed form.
     Raises: SolverError, naming the layer, where its equations cannot be solved or its inputs are not finite.
     """
-    sets = shared_inputs(block, state)
-    hessians: dict[str, Hessian] = {}
-    if rule.needs_hessian and not true_sequential:
-        hessians = _accumulate(block, sets, state)
-    results: list[LayerResult] = []
-    for layers in sets:
-        if rule.needs_hessian and true_sequential:
-            hessians = _accumulate(block, [layers], state)
-        results += _solve_set(layers, hessians.get(layers[0].name), rule)
-        on_layers(layers)
+    if not rule.needs_hessian:
+        results = [result for layers in sets for result in _solve_set(layers, None, rule)]
+        advance(block, state)
+        return results
+    if true_sequential:
+        return _in_sequence(block, state, rule, sets)
+    hessians = {layers[0].name: _empty_hessian(layers[0]) for layers in sets}
+    visit_inputs(block, [layers[0] for layers in sets], state, lambda layer, x_TI: hessians[layer.name].add(x_TI))
+    results = [result for layers in sets for result in _solve_set(layers, hessians[layers[0].name], rule)]
+    advance(block, state)
     return results
 
 
-def _accumulate(block: Block, sets: list[list[LinearLayer]], state: WalkState) -> dict[str, Hessian]:
-    """One Hessian per set of layers, under the name of its first layer."""
-    first = [layers[0] for layers in sets]
-    hessians = {layer.name: Hessian.zeros(layer.weight_OI.shape[1], device=layer.weight_OI.device) for layer in first}
-    visit_inputs(block, first, state, lambda layer, x_TI: hessians[layer.name].add(x_TI))
-    return hessians
+@torch.no_grad()
+def _in_sequence(
+    block: Block, state: WalkState, rule: SolverRule, sets: Sequence[Sequence[LinearLayer]]
+) -> list[LayerResult]:
+    results = []
+    run = SuspendedRun(block, [layers[0] for layers in sets], state)
+    try:
+        for layers in sets:
+            hessian = _empty_hessian(layers[0])
+            for x_TI in run.inputs(layers[0]):
+                hessian.add(x_TI)
+            results += _solve_set(layers, hessian, rule)
+        run.finish()
+    finally:
+        run.close()
+    return results
 
 
-def _solve_set(layers: list[LinearLayer], hessian: Hessian | None, rule: SolverRule) -> list[LayerResult]:
+def _empty_hessian(layer: LinearLayer) -> Hessian:
+    return Hessian.zeros(layer.weight_OI.shape[1], device=layer.weight_OI.device)
+
+
+def _solve_set(layers: Sequence[LinearLayer], hessian: Hessian | None, rule: SolverRule) -> list[LayerResult]:
     started = time.perf_counter()
     before = [layer.weight_OI.float() for layer in layers]
     for layer, weight_OI in zip(layers, before, strict=True):
@@ -70,8 +79,9 @@ def _solve_set(layers: list[LinearLayer], hessian: Hessian | None, rule: SolverR
     seconds = (time.perf_counter() - started) / len(layers)
     results = []
     for layer, weight_OI, solution in zip(layers, before, solutions, strict=True):
-        layer.set_weight(solution.weight_OI)
+        # before set_weight: of a float32 layer, weight_OI is a view of the weight itself
         error = None if H_II is None else _relative_error(weight_OI, solution.weight_OI, H_II)
+        layer.set_weight(solution.weight_OI)
         results.append(LayerResult(layer, solution, hessian.tokens if hessian else 0, error, seconds))
     return results
 

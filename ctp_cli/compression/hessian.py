@@ -15,7 +15,7 @@ from ctp_cli.errors import ShapeError, SolverError
 
 log = logging.getLogger(__name__)
 
-_STRIP = 512
+_STRIP = 256
 _RETRIES = 5
 
 

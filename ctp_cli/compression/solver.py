@@ -8,8 +8,8 @@ O=out_features I=in_features C=columns (inputs) of one block G=groups; weights a
 input's weights are contiguous
 """
 
-import itertools
 import contextlib
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -14,6 +14,7 @@ import hashlib
 import json
 import urllib.error
 import urllib.request
+import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import islice
@@ -78,7 +79,7 @@ def known_names() -> list[str]:
 def load_text(spec: str, *, default_part: str) -> Text:
     """Raises InputError for an unknown name or an empty or unreadable file, NetworkError without the hub."""
     label, separator, rest = spec.partition("=")
-    if not separator:
+    if not separator or "/" in label:  # a path may hold an equals sign, too
         label, rest = "", spec
     source, part = _split_part(rest)
     if source in HUB_TEXTS or source == "pydoc":
@@ -97,6 +98,10 @@ def load_text(spec: str, *, default_part: str) -> Text:
         )
     if not content.strip():
         raise InputError(f"text {spec!r} is empty")
+    try:
+        content.encode()
+    except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair
+        raise InputError(f"text {spec!r} has no UTF-8 form ({error})") from None
     return Text(label or (Path(source).name if "." in source else name), name, content)
 
 
@@ -132,7 +137,7 @@ def _local_text(path: Path, column: str) -> str:
         if name.endswith((".jsonl", ".jsonl.gz", ".json.gz")):
             return "\n\n".join(_jsonl_rows(path, column or "text"))
         content = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError, EOFError) as error:
+    except (OSError, UnicodeDecodeError, EOFError, zlib.error) as error:
         raise InputError(f"{path}: cannot be read as UTF-8 text ({error})") from None
     if column == "lines":
         return " ".join(content.splitlines())

@@ -4,11 +4,12 @@ Nothing here knows a model family. Blocks are the ModuleList with as many member
 layers; a block's linear layers, their order of execution and which of them share an input are found by running it.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -152,47 +153,89 @@ def start_walk(
     return state
 
 
-class _Reached(Exception):
-    """Raised by a hook to leave a block's forward early."""
-
-
 @torch.no_grad()
 def visit_inputs(
-    block: Block,
-    layers: Sequence[LinearLayer],
-    state: WalkState,
-    visit: Callable[[LinearLayer, Tensor], None],
+    block: Block, layers: Sequence[LinearLayer], state: WalkState, visit: Callable[[LinearLayer, Tensor], None]
 ) -> None:
-    """Run the block on every batch and hand each of `layers` its inputs (T, I), padding left out.
-
-    The run of a batch ends as soon as all of `layers` were reached.
-    """
+    """Run the block as it stands on every batch and hand each of `layers` its inputs (T, I), padding left out."""
     for batch, x_BTD in enumerate(state.hidden_BTD):
-        keep_BT = state.keep_BT[batch]
-        waiting = {layer.name for layer in layers}
-
-        def hook(layer: LinearLayer, inputs: tuple[Tensor, ...], keep_BT=keep_BT, waiting=waiting) -> None:  # type: ignore[no-untyped-def]
-            x_TI = _flatten(inputs[0], keep_BT)
-            visit(layer, x_TI)
-            waiting.discard(layer.name)
-            if not waiting:
-                raise _Reached
-
         hooks = [
-            layer.module.register_forward_pre_hook(lambda _m, inputs, layer=layer, hook=hook: hook(layer, inputs))
+            layer.module.register_forward_pre_hook(
+                lambda _m, inputs, layer=layer, batch=batch: visit(layer, _flatten(inputs[0], state.keep_BT[batch]))
+            )
             for layer in layers
         ]
         try:
             state.calls[block.index][batch].run(block.module, x_BTD)
-        except _Reached:
-            pass
         finally:
-            for handle in hooks:
-                handle.remove()
+            for hook in hooks:
+                hook.remove()
+
+
+class SuspendedRun:
+    """One run of a block over all batches that stops at chosen layers, so that their weights can be changed midway.
+
+    Every batch runs in a greenlet, which stops in front of each of `stops` and hands out that layer's inputs. When all
+    batches stand there, the layer is compressed, and they go on with its new weights: a block whose layers see
+    compressed predecessors (true-sequential) costs one forward pass instead of one for each set of layers.
+    Memory: what a block holds between two layers, for all batches at once.
+    Greenlets share one thread, so grad mode and the like are the caller's: use it under torch.no_grad.
+    """
+
+    def __init__(self, block: Block, stops: Sequence[LinearLayer], state: WalkState) -> None:
+        self._state, self._block = state, block
+        self._runs = [greenlet(self._forward) for _ in state.hidden_BTD]
+        self._waiting: list[tuple[str, Tensor] | None] = [None] * len(self._runs)
+        self._hooks = [
+            stop.module.register_forward_pre_hook(lambda _m, inputs, name=stop.name: self._stop(name, inputs[0]))
+            for stop in stops
+        ]
+
+    def _forward(self, batch: int) -> None:
+        x_BTD = self._state.hidden_BTD[batch]
+        self._state.hidden_BTD[batch] = self._state.calls[self._block.index][batch].run(self._block.module, x_BTD)
+
+    def _stop(self, name: str, x: Tensor) -> None:
+        main = getcurrent().parent
+        assert main is not None
+        main.switch((name, x))
+
+    def _go_on(self, batch: int) -> None:
+        run = self._runs[batch]
+        if not run.dead:
+            self._waiting[batch] = run.switch(batch)
+
+    def inputs(self, layer: LinearLayer) -> Iterator[Tensor]:
+        """Bring every batch in front of `layer`; yield its inputs (T, I), padding left out.
+
+        A layer that a batch does not reach yields nothing for it.
+        """
+        for batch, keep_BT in enumerate(self._state.keep_BT):
+            if self._waiting[batch] is None:
+                self._go_on(batch)
+            waiting = self._waiting[batch]
+            if waiting is not None and waiting[0] == layer.name:
+                self._waiting[batch] = None
+                yield _flatten(waiting[1], keep_BT)
+
+    def finish(self) -> None:
+        """Let every batch run to its end; the hidden states are then the block's outputs."""
+        for batch, run in enumerate(self._runs):
+            while not run.dead:
+                self._go_on(batch)
+        self.close()
+
+    def close(self) -> None:
+        """Remove the hooks and drop batches that did not finish."""
+        for hook in self._hooks:
+            hook.remove()
+        for run in self._runs:
+            if not run.dead:
+                run.throw()
 
 
 def _flatten(x: Tensor, keep_BT: Tensor | None) -> Tensor:
-    # some families (OPT's MLP in old releases, experts) flatten tokens before their layers
+    # some families flatten tokens before their layers
     flat_TI = x.reshape(-1, x.shape[-1])
     if keep_BT is None or keep_BT.all():
         return flat_TI
@@ -204,7 +247,6 @@ def advance(block: Block, state: WalkState) -> None:
     """Replace the hidden states by the block's outputs, batch by batch."""
     for batch, x_BTD in enumerate(state.hidden_BTD):
         state.hidden_BTD[batch] = state.calls[block.index][batch].run(block.module, x_BTD)
-    state.calls[block.index].clear()
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ from ctp_cli.data.sources import Text, load_text
 from ctp_cli.data.windows import token_ids, windows
 from ctp_cli.errors import InputError, RecipeError
 from ctp_cli.files import read_json, write_json
-from ctp_cli.models.blocks import Block, LinearLayer, advance, find_blocks, start_walk
+from ctp_cli.models.blocks import Block, LinearLayer, WalkState, advance, find_blocks, shared_inputs, start_walk
 from ctp_cli.models.loading import load_config, load_model, load_tokenizer
 from ctp_cli.models.resolve import ResolvedModel
 from ctp_cli.progress import SILENT, Progress
@@ -269,25 +269,43 @@ class _Run:
             self.progress.say(f"going on with the unfinished work in {self.space.path}")
         self.progress.start("compress", len(self.blocks))
         report: list[dict[str, Any]] = []
+        sets = _SharedInputs(state)
         for block in self.blocks:
             shard = self.space.path / names.block(block.index)
             record = shard.with_suffix(".layers")
             if shard.exists() and record.exists():
                 writer.restore_block(block, shard, settings=self.job.settings)
+                advance(block, state)
                 rows = read_json(record)["layers"]
             else:
-                results = compress_block(block, state, self.job.rule, true_sequential=self.job.section.true_sequential)
+                results = compress_block(
+                    block, state, self.job.rule, sets.of(block), true_sequential=self.job.section.true_sequential
+                )
                 rows = [_layer_row(result) for result in results]
                 write_json(record, {"layers": rows})
                 writer.write_shard(shard, writer.block_tensors(block, results, settings=self.job.settings))
             report += rows
-            advance(block, state)
             _refuse_nan(block, state.hidden_BTD)
             self.progress.advance(note=_note(rows))
         self.progress.finish()
         for record in self.space.path.glob("*.layers"):
             record.unlink()
         return report
+
+
+class _SharedInputs:
+    """Which layers of a block share an input; found once for all blocks that are built alike."""
+
+    def __init__(self, state: WalkState) -> None:
+        self._state = state
+        self._known: dict[tuple[str, ...], list[list[str]]] = {}
+
+    def of(self, block: Block) -> list[list[LinearLayer]]:
+        by_path = {layer.name.removeprefix(block.name): layer for layer in block.layers}
+        if (alike := tuple(by_path)) not in self._known:
+            found = shared_inputs(block, self._state)
+            self._known[alike] = [[layer.name.removeprefix(block.name) for layer in layers] for layers in found]
+        return [[by_path[path] for path in paths] for paths in self._known[alike]]
 
 
 def _refuse_nan(block: Block, hidden_BTD: list[Tensor]) -> None:

@@ -145,15 +145,16 @@ def quantized_layers(model: nn.Module, packed: set[str]) -> dict[str, Any]:
 
 def compare_weights(reading: Reading, layers: dict[str, Any], twin: Twin) -> None:
     """Fill in weight_ratio, worst_layer and zero_share. Before the first forward: kernels repack then."""
-    reading.weight_ratio, zeros, total = 0.0, 0, 0
+    ratios, zeros, total = {}, 0, 0
     for name, module in layers.items():
         decoded = module.dequantize_weight().T.float()
         truth = twin.model.get_parameter(f"{name}.weight")
-        ratio = ((decoded - truth).abs() / (twin.rounding(name) * truth.abs() + SMALLEST)).max().item()
-        if not ratio <= reading.weight_ratio:  # so that nan counts as worst
-            reading.weight_ratio, reading.worst_layer = ratio, name
+        ratio = (decoded - truth).abs() / (twin.rounding(name) * truth.abs() + SMALLEST)
+        ratios[name] = ratio.nan_to_num(nan=torch.inf).max().item()
         zeros += int((decoded == 0).sum())
         total += decoded.numel()
+    reading.worst_layer = max(ratios, key=ratios.__getitem__)
+    reading.weight_ratio = ratios[reading.worst_layer]
     reading.zero_share = zeros / total
 
 

@@ -82,7 +82,7 @@ def write_text(path: Path) -> None:
 
 
 def write_random_model(folder: Path, text: Path) -> None:
-    """A small random Llama in float32, so that its dense twin is exact, and a tokenizer for the text."""
+    """A small random Llama and a tokenizer for the text; float16, as readers decode, so twins can agree exactly."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -109,7 +109,7 @@ def write_random_model(folder: Path, text: Path) -> None:
         eos_token_id=fast.eos_token_id,
     )
     torch.manual_seed(0)
-    LlamaForCausalLM(config).save_pretrained(folder)
+    LlamaForCausalLM(config).half().save_pretrained(folder)
 
 
 def embedded_model() -> Path | None:

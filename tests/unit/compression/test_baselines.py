@@ -18,7 +18,7 @@ def smallest(scores: np.ndarray, count: int) -> np.ndarray:
 
 
 def test_magnitude_prunes_the_smallest_weights_of_each_layer() -> None:
-    first, H, _ = correlated_problem(12, 96)
+    first = correlated_problem(12, 96)[0]
     second = 10 * correlated_problem(20, 96, seed=1)[0]  # another scale: layers must not compete with each other
     solutions = solve([first, second], None, SolverRule(MaskRule(0.4), None, pruner="magnitude"), layer="layer")
     for W, solution in zip((first, second), solutions, strict=True):

@@ -1,0 +1,140 @@
+"""Settings of a compression run that change what is stored, on one family, and what is refused."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from compressed import block_linears, calibration_text, run, stored_tensors
+from tiny_models import VOCAB_SIZE, tiny_model
+from transformers import AutoModelForCausalLM
+
+from ctp_cli.errors import CtpError, InputError, OutputError, RecipeError
+from ctp_cli.models.loading import load_model
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_model("llama_tied_gqa", tmp_path_factory.mktemp("models") / "llama")
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    return calibration_text(tmp_path)
+
+
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    ids = torch.randint(3, VOCAB_SIZE, (2, 20), generator=torch.Generator().manual_seed(7))
+    with torch.no_grad():
+        return model(ids).logits.float()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"bits": 2, "symmetric": False},
+        {"bits": 3},
+        {"bits": 3, "symmetric": False, "sparsity": "2:4"},
+        {"bits": 8, "symmetric": False, "group_size": "row"},
+        {"bits": 4, "act_order": "column", "symmetric": False},
+        {"bits": 4, "sparsity": None, "quantizer": "rtn"},
+        {"bits": 4, "pruner": "wanda", "act_order": "none", "true_sequential": False},
+    ],
+    ids=lambda settings: "-".join(f"{key}={value}" for key, value in settings.items()),
+)
+def test_both_formats_hold_the_same_model(llama: Path, text: Path, tmp_path: Path, settings: dict[str, object]) -> None:
+    run(llama, tmp_path / "dense", text, format="dense", **settings)
+    run(llama, tmp_path / "gptq", text, format="gptq", **settings)
+    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense").eval()
+    # the same codes and float16-exact scales; float32 products of them are made in the same way
+    torch.testing.assert_close(logits(load_model(tmp_path / "gptq")), logits(dense), rtol=1e-5, atol=1e-5)
+    stored = json.loads((tmp_path / "gptq" / "quantize_config.json").read_text())
+    assert stored["bits"] == settings["bits"]
+    assert stored["sym"] == settings.get("symmetric", True)
+    assert stored["desc_act"] == (settings.get("act_order") == "column")
+    assert stored["group_size"] == (-1 if settings.get("group_size") == "row" else 32)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_models_keep_their_dtype(tmp_path: Path, text: Path, dtype: torch.dtype) -> None:
+    original = tiny_model("llama_tied_gqa", tmp_path / "original", dtype=dtype)
+    run(original, tmp_path / "dense", text, format="dense")
+    run(original, tmp_path / "gptq", text, format="gptq")
+    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype="auto").eval()
+    ours = load_model(tmp_path / "gptq")
+    assert ours.dtype == dense.dtype == dtype
+    for name in block_linears(dense):  # float32 value = code * scale, rounded once to the model's dtype: equal bits
+        assert torch.equal(ours.get_submodule(name).weight, dense.get_submodule(name).weight)
+    in_float32 = load_model(tmp_path / "gptq", dtype=torch.float32)
+    # unrounded, a weight differs from the rounded one by half a unit in its last place at most
+    tolerance = torch.finfo(dtype).eps / 2
+    for name in block_linears(dense):
+        torch.testing.assert_close(
+            in_float32.get_submodule(name).weight, dense.get_submodule(name).weight.float(), rtol=tolerance, atol=1e-7
+        )
+    for name, tensor in stored_tensors(tmp_path / "gptq").items():
+        if "embed" in name or "norm" in name:
+            assert tensor.dtype == dtype
+
+
+def test_the_report_counts_what_lies_on_the_disk(llama: Path, text: Path, tmp_path: Path) -> None:
+    report = run(llama, tmp_path / "out", text)
+    model = AutoModelForCausalLM.from_pretrained(llama)
+    parameters = sum(p.numel() for p in {id(p): p for p in model.parameters()}.values())
+    on_disk = sum(path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors"))
+    assert report.checkpoint_bytes == on_disk
+    assert report.original_bytes == parameters * 4
+    assert report.bits_per_weight == pytest.approx(on_disk * 8 / parameters)
+    manifest = json.loads((tmp_path / "out" / "ctp.json").read_text())
+    assert manifest["kind"] == "compressed-checkpoint"
+    layers = manifest["results"]["layers"]
+    assert {layer["name"] for layer in layers} == block_linears(model)
+    assert all(layer["calibration_tokens"] == 4 * 32 for layer in layers)
+    assert all(0 < layer["relative_error"] < 1 for layer in layers)
+    assert sum(layer["zeros"] for layer in layers) >= sum(layer["weights"] for layer in layers) // 2
+    assert any("no smaller" in note for note in report.notes)
+
+
+def test_auto_groups_are_the_largest_that_divide_every_layer(llama: Path, text: Path, tmp_path: Path) -> None:
+    run(llama, tmp_path / "out", text, group_size="auto")  # widths 64 and 128
+    assert json.loads((tmp_path / "out" / "quantize_config.json").read_text())["group_size"] == 64
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        (
+            {"group_size": 48},
+            RecipeError,
+            r"compress\.group_size: 48 does not divide the 64 inputs of model\.layers\.0",
+        ),
+        ({"sparsity": "5:48"}, RecipeError, r"compress\.sparsity: m = 48 does not divide the 64 inputs"),
+        ({"sparsity": "3:16", "group_size": 8, "seqlen": 100000}, InputError, r"too short: \d+ tokens"),
+    ],
+)
+def test_what_cannot_work_is_refused_and_leaves_nothing_behind(
+    llama: Path, text: Path, tmp_path: Path, settings: dict[str, object], error: type[CtpError], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        run(llama, tmp_path / "out", text, **settings)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [text.name]
+
+
+def test_a_quantized_model_and_an_existing_output_are_refused(llama: Path, text: Path, tmp_path: Path) -> None:
+    run(llama, tmp_path / "out", text)
+    with pytest.raises(InputError, match="already quantized"):
+        run(tmp_path / "out", tmp_path / "again", text)
+    before = (tmp_path / "out" / "ctp.json").read_bytes()
+    with pytest.raises(OutputError, match="out exists"):
+        run(llama, tmp_path / "out", text)
+    assert (tmp_path / "out" / "ctp.json").read_bytes() == before
+    run(llama, tmp_path / "out", text, bits=8, force=True)
+    assert json.loads((tmp_path / "out" / "quantize_config.json").read_text())["bits"] == 8
+
+
+def test_a_run_repeats_bit_for_bit(llama: Path, text: Path, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        run(llama, tmp_path / name, text)
+    one, two = (stored_tensors(tmp_path / name) for name in ("one", "two"))
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[name], two[name]) for name in one)

@@ -1,0 +1,175 @@
+"""Work that stops after some blocks goes on from there, and ends with the same bytes."""
+
+import json
+from pathlib import Path
+
+import pytest
+from compressed import calibration_text, files_of, run
+from tiny_models import tiny_model
+
+from ctp_cli.errors import CtpError, OutputError
+from ctp_cli.progress import SilentProgress
+from ctp_cli.stages import compress as stage
+
+BLOCKS = 3
+
+
+class Stopped(Exception):
+    """Stands for whatever ends a process."""
+
+
+class StopAfter(SilentProgress):
+    """Raises once `blocks` blocks are done and on disk."""
+
+    def __init__(self, blocks: int) -> None:
+        self.left = blocks
+        self.lines: list[str] = []
+
+    def say(self, line: str) -> None:
+        self.lines.append(line)
+
+    def start(self, description: str, total: int) -> None:
+        if self.left == 0:
+            raise Stopped
+
+    def advance(self, units: int = 1, note: str = "") -> None:
+        self.left -= units
+        if self.left == 0:
+            raise Stopped
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_model("llama_tied_gqa", tmp_path_factory.mktemp("models") / "llama", num_hidden_layers=BLOCKS)
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    return calibration_text(tmp_path)
+
+
+@pytest.fixture
+def solved(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The blocks that were solved, rather than read back."""
+    seen: list[int] = []
+    original = stage.compress_block
+
+    def counting(block, *args, **kwargs):  # type: ignore[no-untyped-def]
+        seen.append(block.index)
+        return original(block, *args, **kwargs)
+
+    monkeypatch.setattr(stage, "compress_block", counting)
+    return seen
+
+
+@pytest.mark.parametrize("done", [0, 1, 2, 3])
+@pytest.mark.parametrize(
+    "settings",
+    [{"format": "gptq"}, {"format": "gptq", "symmetric": False, "bits": 3, "act_order": "column"}, {"format": "dense"}],
+    ids=["gptq", "gptq-asymmetric-3-bit-column", "dense"],
+)
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
+    model: Path, text: Path, tmp_path: Path, done: int, settings: dict[str, object], solved: list[int]
+) -> None:
+    run(model, tmp_path / "whole", text, **settings)
+    solved.clear()
+    with pytest.raises(Stopped):
+        run(model, tmp_path / "out", text, progress=StopAfter(done), **settings)
+    assert not (tmp_path / "out").exists()
+    assert solved == list(range(done))
+    listener = StopAfter(BLOCKS + 1)
+    run(model, tmp_path / "out", text, progress=listener, **settings)
+    assert solved == list(range(BLOCKS)), "finished blocks are read back, the others solved once"
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
+    assert any("going on" in line for line in listener.lines)
+    assert not (tmp_path / "out.partial").exists()
+    layers = [json.loads((tmp_path / name / "ctp.json").read_text())["results"]["layers"] for name in ("out", "whole")]
+    for ours, theirs in zip(*layers, strict=True):
+        assert {**ours, "solve_seconds": 0} == {**theirs, "solve_seconds": 0}
+
+
+def test_half_precision_resumes_to_the_same_bytes_too(text: Path, tmp_path: Path) -> None:
+    import torch
+
+    half = tiny_model("gpt2", tmp_path / "half", dtype=torch.bfloat16)  # transposed weights and biases
+    run(half, tmp_path / "whole", text)
+    with pytest.raises(Stopped):
+        run(half, tmp_path / "out", text, progress=StopAfter(1))
+    run(half, tmp_path / "out", text)
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
+
+
+def test_other_settings_are_refused_with_what_differs(model: Path, text: Path, tmp_path: Path) -> None:
+    with pytest.raises(Stopped):
+        run(model, tmp_path / "out", text, progress=StopAfter(1))
+    before = files_of(tmp_path / "out.partial")
+    with pytest.raises(OutputError, match=r"compress\.bits was 4, is 3.*compress\.sparsity was 0\.5, is 0\.25"):
+        run(model, tmp_path / "out", text, bits=3, sparsity=0.25)
+    text.write_text(text.read_text(encoding="utf-8") + "another ending", encoding="utf-8")
+    with pytest.raises(OutputError, match=r"calibration\.sha256 was [0-9a-f]+, is [0-9a-f]+") as caught:
+        run(model, tmp_path / "out", text)
+    assert "--force" in caught.value.hint
+    assert files_of(tmp_path / "out.partial") == before
+    run(model, tmp_path / "out", text, bits=3, force=True)
+    assert json.loads((tmp_path / "out" / "quantize_config.json").read_text())["bits"] == 3
+
+
+def test_another_model_of_the_same_name_is_refused(model: Path, text: Path, tmp_path: Path) -> None:
+    with pytest.raises(Stopped):
+        run(model, tmp_path / "out", text, progress=StopAfter(1))
+    other = tiny_model("llama_tied_gqa", tmp_path / "other" / model.name, num_hidden_layers=BLOCKS, seed=1)
+    with pytest.raises(OutputError, match=r"model\.sha256 was"):
+        run(other, tmp_path / "out", text)
+
+
+def test_an_error_before_anything_was_saved_leaves_no_folder(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*args: object, **kwargs: object) -> None:
+        raise Stopped
+
+    monkeypatch.setattr(stage.writer, "write_shard", fails)
+    with pytest.raises(Stopped):
+        run(model, tmp_path / "out", text)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [text.name]
+
+
+def test_a_write_cut_short_leaves_no_shard_that_looks_done(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(model, tmp_path / "whole", text)
+    original = stage.writer.save_file
+
+    def cut_off(tensors, path, **kwargs):  # type: ignore[no-untyped-def]
+        original(tensors, path, **kwargs)
+        if "00003-of" in str(path):
+            path.write_bytes(path.read_bytes()[:1000])
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(stage.writer, "save_file", cut_off)
+    with pytest.raises(OSError, match="No space left"):
+        run(model, tmp_path / "out", text)
+    shards = sorted(path.name for path in (tmp_path / "out.partial").glob("*.safetensors*"))
+    assert shards == ["model-00001-of-00004.safetensors", "model-00002-of-00004.safetensors"]
+    monkeypatch.undo()
+    run(model, tmp_path / "out", text)
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("shard", [1, 2, 3])
+def test_a_damaged_shard_is_made_again_or_named_but_never_taken(
+    model: Path, text: Path, tmp_path: Path, shard: int
+) -> None:
+    run(model, tmp_path / "whole", text)
+    with pytest.raises(Stopped):
+        run(model, tmp_path / "out", text, progress=StopAfter(2))
+    damaged = tmp_path / "out.partial" / f"model-0000{shard}-of-00004.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[: damaged.stat().st_size // 2])
+    try:
+        run(model, tmp_path / "out", text)
+    except CtpError as error:
+        assert damaged.name in error.message
+        assert error.hint
+        assert not (tmp_path / "out").exists()
+    else:
+        assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
