@@ -80,6 +80,16 @@ def save_prompt(path: Path, prompt: Prompt) -> None:
     strings = {name: str(value) for name, value in header.items() if value is not None}
     with whole_file(path) as beside:
         save_file({TENSOR: prompt.embeddings.detach().cpu().contiguous()}, beside, metadata=strings)
+        _sort_header(beside)
+
+
+def _sort_header(file: Path) -> None:
+    """safetensors writes metadata in an order that changes from run to run; equal prompts should be equal files."""
+    content = file.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.dumps(json.loads(content[8 : 8 + length]), sort_keys=True, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    file.write_bytes(len(header).to_bytes(8, "little") + header + content[8 + length :])
 
 
 def load_prompt(path: Path) -> Prompt:
