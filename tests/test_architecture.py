@@ -13,6 +13,7 @@ PACKAGE = ROOT / "ctp_cli"
 
 # A layer may import itself and the layers after it.
 LAYERS = [
+    {"__main__"},
     {"app"},
     {"commands"},
     {"runner"},

@@ -80,7 +80,11 @@ def _error(w_CO: Tensor, grid: Grid) -> Tensor:
 
 
 def _grid(low_O: Tensor, high_O: Tensor, rule: GridRule) -> Grid:
-    scale_O = ((high_O - low_O) / rule.max_code).half().float()
+    steps_O: Tensor | int = rule.max_code
+    if not rule.symmetric:
+        # the zero point is at least 1, so without negative weights one code below zero goes unused
+        steps_O = torch.where(low_O < 0, rule.max_code, rule.max_code - 1)
+    scale_O = ((high_O - low_O) / steps_O).half().float()
     # an all-zero group, or one too small for float16, still needs a usable scale
     scale_O = torch.where(scale_O > 0, scale_O, torch.ones_like(scale_O))
     if rule.symmetric:

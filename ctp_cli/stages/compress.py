@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from ctp_cli.artifact import Workspace, folder_fingerprint, refuse_existing, workspace
 from ctp_cli.checkpoints import gptq, writer
@@ -89,6 +89,7 @@ def compress(
     tokenizer = load_tokenizer(model.path)
     calibration = load_text(section.calibration or default_text(model), default_part="train")
     ids_NT = windows(token_ids(calibration, tokenizer), section.seqlen, most=section.windows, text=calibration)
+    _check_fits_model(config, tokenizer, ids_NT)
     network = load_model(model.path, device=device)
     blocks = find_blocks(network)
     job = _Job.plan(section, network, blocks)
@@ -128,8 +129,11 @@ def dry_run(section: CompressSection, *, model: ResolvedModel, output: Path, for
     refuse_existing(output, force=force)
     config = load_config(model.path)
     calibration = load_text(section.calibration or default_text(model), default_part="train")
-    ids_T = token_ids(calibration, load_tokenizer(model.path))
-    count = windows(ids_T, section.seqlen, most=section.windows, text=calibration).shape[0]
+    tokenizer = load_tokenizer(model.path)
+    ids_T = token_ids(calibration, tokenizer)
+    ids_NT = windows(ids_T, section.seqlen, most=section.windows, text=calibration)
+    count = ids_NT.shape[0]
+    _check_fits_model(config, tokenizer, ids_NT)
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     blocks = find_blocks(skeleton)
@@ -161,6 +165,22 @@ def _probe_operations_per_second(dtype: torch.dtype | None) -> float:
     started = time.perf_counter()
     a @ b
     return 2 * 1024**3 / (time.perf_counter() - started)
+
+
+def _check_fits_model(config: Any, tokenizer: PreTrainedTokenizerBase, ids_NT: Tensor) -> None:
+    """Windows longer than the model's positions, or ids beyond its table, would index out of range midway."""
+    text_config = config.get_text_config()
+    positions = getattr(text_config, "max_position_embeddings", None)
+    if positions is not None and ids_NT.shape[1] > positions:
+        raise InputError(
+            f"compress.seqlen {ids_NT.shape[1]} is more than the model's {positions} positions",
+            hint=f"use --seqlen {positions} or less",
+        )
+    if int(ids_NT.max()) >= text_config.vocab_size:
+        raise InputError(
+            f"the tokenizer gives id {int(ids_NT.max())}, the model has {text_config.vocab_size} embeddings",
+            hint="is the tokenizer that of this model?",
+        )
 
 
 @dataclass(frozen=True)
@@ -261,8 +281,7 @@ class _Run:
     def run(self, ids_NT: Tensor) -> list[dict[str, Any]]:
         names = writer.ShardNames(len(self.blocks))
         outside = self.space.path / names.outside()
-        if not outside.exists():
-            writer.write_shard(outside, writer.outside_tensors(self.network, self.blocks))
+        writer.write_shard(outside, writer.outside_tensors(self.network, self.blocks))
         batch = max(1, _BATCH_TOKENS // ids_NT.shape[1])
         state = start_walk(self.network, self.blocks, [(ids_BT, None) for ids_BT in ids_NT.split(batch)])
         if self.space.resumed:

@@ -140,7 +140,8 @@ def test_a_prompt_helps_on_text_that_did_not_choose_it(trained: Path, compressed
     ]
     scores = evaluate(EvalSection(ppl=("pydoc:test",), seqlen=128, windows=64), targets=targets)
     full, pruned, prompted = (scores.value(name, "pydoc:test")[0] for name in ("full", "compressed", "prompted"))
-    assert full < prompted < pruned  # 50% + 4 bit hurts, the prompt wins part of it back
+    assert pruned > 1.005 * full  # 50% + 4 bit hurts
+    assert prompted < pruned  # the prompt wins back
 
 
 def test_the_selection_text_must_be_another(compressed: Path, tmp_path: Path) -> None:

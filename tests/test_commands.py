@@ -1,0 +1,157 @@
+"""The five commands and `run`, as a user types them, on a small model that really was trained."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+from typer.testing import CliRunner, Result
+
+from ctp_cli.app import app
+
+
+def ctp(*arguments: object) -> Result:
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == 0, result.output
+    return result
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+RECIPE = """
+model: {model}
+output: out
+compress: {{sparsity: 0.5, bits: 4, calibration: "pydoc:train", windows: 8, seqlen: 128}}
+learn: {{tokens: 8, steps: 20, batch_size: 4, seqlen: 48, validate_every: 10, validation_windows: 4,
+        text: "pydoc:train", validation: "pydoc:validation", learning_rate: 0.03}}
+stitch: {{}}
+eval: {{ppl: ["pydoc:test"], seqlen: 128, windows: 16}}
+bench: {{prompt_len: [0, 8], seqlen: 32, new_tokens: 3, rounds: 2}}
+"""
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.suffix in {".safetensors", ".json"} and path.name not in {"ctp.json", "latency.json"}
+    }
+
+
+def test_the_five_commands_one_after_the_other(trained: Path, place: Path) -> None:
+    """Each takes what the one before it made, by default, and its last line of stdout is a path that exists."""
+    text = ("--calibration", "pydoc:train", "--windows", 8, "--seqlen", 128)
+    made = ctp("compress", trained, "--sparsity", 0.5, "--bits", 4, *text).stdout.splitlines()[-1]
+    assert made == "small-s50-w4"
+    learned = ctp("learn", "--steps", 6, "--tokens", 8, "--batch-size", 2, "--seqlen", 48, "--validate-every", 3,
+                  "--text", "pydoc:train", "--validation", "pydoc:validation", "--validation-windows", 4)  # fmt: skip
+    prompt = Path(learned.stdout.splitlines()[-1])
+    assert "taking the newest checkpoint here, small-s50-w4" in learned.stderr
+    stitched = Path(ctp("stitch", prompt, "small-s50-w4").stdout.splitlines()[-1])
+    scoring = ("--ppl", "pydoc:test", "--seqlen", 128, "--windows", 6, "--json")
+    shown = ctp("eval", "small-s50-w4", "--prompt", prompt, *scoring)
+    document = json.loads(shown.stdout)
+    assert document["kind"] == "eval" and document["schema_version"] == 1
+    by_prompt = document["scores"][1]["perplexity"]
+    again = ctp("eval", stitched, *scoring)
+    # the stitched checkpoint carries the same prompt
+    assert json.loads(again.stdout)["scores"][0]["perplexity"] == pytest.approx(by_prompt, rel=1e-3)
+    figure = ctp("bench", "--prompt-len", "0,8", "--seqlen", 32, "--rounds", 2, "--new-tokens", 3).stdout
+    assert Path(figure.splitlines()[-1]).is_file()
+
+
+def test_a_recipe_runs_once_and_then_knows_its_own(trained: Path, place: Path) -> None:
+    recipe = place / "r.yaml"
+    recipe.write_text(RECIPE.format(model=trained))
+    first = ctp("run", recipe)
+    for name in ("compressed", "prompt", "stitched", "evaluation", "report", "benchmark"):
+        assert (place / "out" / name / "ctp.json").is_file()
+    assert "won back" in first.stdout and (place / "out" / "report" / "recovery.png").is_file()
+    before = {path: path.stat().st_mtime_ns for path in (place / "out").rglob("*")}
+    second = ctp("run", recipe)
+    assert second.stdout.count("already made") == 6
+    assert before == {path: path.stat().st_mtime_ns for path in (place / "out").rglob("*")}
+    # other settings do not pass for the same, and nothing is overwritten
+    changed = CliRunner().invoke(app, ["run", str(recipe), "--set", "learn.seed=1"])
+    assert changed.exit_code == 2 and "made with other settings" in changed.stderr
+
+
+def test_a_recipe_makes_the_same_bytes_again(trained: Path, place: Path) -> None:
+    recipe = place / "r.yaml"
+    recipe.write_text(RECIPE.format(model=trained))
+    ctp("run", recipe)
+    ctp("run", recipe, "--set", "output=twin")
+    ours, twin = files(place / "out"), files(place / "twin")
+    assert ours.keys() == twin.keys() and len(ours) > 10
+    assert [name for name in ours if ours[name] != twin[name] and "adapter_config" not in name] == []
+
+
+def test_wait_for_no_weights_in_a_dry_run(trained: Path, place: Path) -> None:
+    recipe = place / "r.yaml"
+    recipe.write_text(RECIPE.format(model=trained))
+    assert ctp("run", recipe, "--dry-run").stdout.count("to be made") == 6
+    plan = json.loads(
+        ctp("compress", trained, "--bits", 4, "--calibration", "pydoc:train", "--dry-run", "--json").stdout
+    )
+    assert plan["linear layers"] == 21 and plan["estimated size"].endswith("MB")
+    assert [path.name for path in place.iterdir()] == ["r.yaml"]
+
+
+def test_gates_exit_with_4_after_finishing(trained: Path, place: Path) -> None:
+    result = CliRunner().invoke(
+        app, ["eval", str(trained), "--ppl", "pydoc:test", "--seqlen", "64", "--windows", "4", "--max-ppl", "1.5"]
+    )
+    assert result.exit_code == 4 and "max_ppl" in result.stderr and "pydoc:test" in result.stdout
+
+
+def test_two_processes_do_not_make_the_same_thing(trained: Path, place: Path) -> None:
+    from ctp_cli.artifact import workspace
+    from ctp_cli.errors import OutputError
+
+    with workspace(place / "x", kind="k", identity={"a": 1}) as space:
+        (space.path / "work").write_text("begun")
+        with pytest.raises(OutputError, match="another ctp process"), workspace(place / "x", kind="k", identity={}):
+            pass
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGINT])
+def test_killed_at_any_moment_a_recipe_goes_on_to_the_same_bytes(sign: int, trained: Path, place: Path) -> None:
+    """Kill `ctp run` later and later until it gets through; compare with an uninterrupted run."""
+    recipe = place / "r.yaml"
+    recipe.write_text(RECIPE.format(model=trained))
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "ctp_cli", "run", str(recipe), "--set", "output=killed"]
+    for attempt in range(40):
+        process = subprocess.Popen(
+            command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+        )
+        try:
+            process.wait(timeout=4 + attempt * 1.1)
+            break
+        except subprocess.TimeoutExpired:
+            process.send_signal(sign)
+            _, errors = process.communicate()
+            if sign == signal.SIGINT and process.returncode != 0:
+                assert process.returncode == 130 and "run the same command again" in errors, errors
+        for manifest in (place / "killed").glob("*/ctp.json"):
+            if manifest.parent.suffix != ".partial":
+                json.loads(manifest.read_text())
+                for weights in manifest.parent.glob("*.safetensors"):
+                    load_file(weights)
+        time.sleep(0.1)
+    else:
+        pytest.fail("it never got through")
+    assert process.returncode == 0 and attempt > 0
+    ctp("run", recipe)
+    assert files(place / "killed") == files(place / "out")
+    assert not list((place / "killed").glob("*.partial"))
