@@ -53,11 +53,14 @@ def run(
     _summary(console, plan)
     seconds = time.monotonic() - started
     rows = [(step.name, str(step.output), "already made" if already else "made now") for step, already in done]
-    console.table(f"made by {recipe}", ("stage", "path", ""), rows, caption=f"{time_text(seconds)} in all")
     console.document("run", {"seconds": seconds, "steps": [list(row) for row in rows], "scores": _scores(plan)})
     for name in ("report/recovery.png", "prompt/learning.png", "benchmark/latency.png"):
         if plan.output(name).is_file():
-            console.result(str(plan.output(name)))
+            rows.append((name.split("/")[1], str(plan.output(name)), ""))
+    width = max(len(name) for name, _, _ in rows)
+    for name, path, how in rows:
+        console.result(f"{name:{width}}  {path}" + (f"  ({how})" if how else ""))
+    console.note(f"{time_text(seconds)} in all")
 
 
 def _scores(plan: Any) -> list[dict[str, Any]]:
@@ -99,8 +102,28 @@ def _summary(console: Console, plan: Any) -> None:
         f"{plan.model.name}: what compression cost and the prompt won back",
         columns,
         rows,
-        caption="perplexity ± standard error over windows; won back: share of the gap between compressed and full",
+        caption="\n".join(
+            [
+                "perplexity ± standard error over windows; won back: share of the gap between compressed and full",
+                *_latency_lines(plan.output("benchmark") / "latency.json"),
+            ]
+        ),
     )
+
+
+def _latency_lines(path: Path) -> list[str]:
+    """What the longest prompt costs at run time, in words."""
+    if not path.is_file():
+        return []
+    measured = read_json(path)
+    longest = max(row["prompt_tokens"] for row in measured["rows"])
+    return [
+        f"a {longest}-token prompt, {'its prefix reused' if row['prefix_reused'] else 'computed each time'}: "
+        f"time to first token after {measured['seqlen']} × {row['first_token_ratio']['median']:.2f}, "
+        f"time per further token × {row['per_token_ratio']['median']:.2f}"
+        for row in measured["rows"]
+        if row["prompt_tokens"] == longest and longest
+    ]
 
 
 def _weights(folder: Path | None) -> str:

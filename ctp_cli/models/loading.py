@@ -63,7 +63,7 @@ def load_model(path: Path, *, dtype: torch.dtype | None = None, device: str = "c
     quantization = getattr(config, "quantization_config", None)
     check_weight_files(path)
     try:
-        with _quiet():
+        with quiet_transformers():
             if quantization is None:
                 model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype or "auto", trust_remote_code=False)
             else:
@@ -149,7 +149,7 @@ def decoder_embedding(model: PreTrainedModel) -> nn.Embedding:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """transformers' own bars and notes would cut through ours."""
     verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
