@@ -40,7 +40,7 @@ def _check_sparsity(value: float | str | None) -> float | str | None:
             if not 0 < kept < of <= 64:
                 raise ValueError(f"n:m keeps n of every m weights and needs 0 < n < m <= 64, got {value}")
             return value
-    if value is not None and value >= 1 and value == int(value):
+    if value is not None and value >= 1 and value.is_integer():
         raise ValueError(f"{value:g} is not a fraction; YAML reads an unquoted 2:4 as a number: write '2:4'")
     if value is not None and not 0 < value < 1:
         raise ValueError(f"a fraction lies between 0 and 1, got {value:g}")

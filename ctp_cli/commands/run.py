@@ -119,7 +119,7 @@ def _latency_lines(path: Path) -> list[str]:
     longest = max(row["prompt_tokens"] for row in measured["rows"])
     return [
         f"a {longest}-token prompt, {'its prefix reused' if row['prefix_reused'] else 'computed each time'}: "
-        f"time to first token after {measured['seqlen']} × {row['first_token_ratio']['median']:.2f}, "
+        f"time to first token after {measured['seqlen']} tokens of text × {row['first_token_ratio']['median']:.2f}, "
         f"time per further token × {row['per_token_ratio']['median']:.2f}"
         for row in measured["rows"]
         if row["prompt_tokens"] == longest and longest

@@ -1,0 +1,104 @@
+"""Artifacts: whole or absent, resumed only with the same identity, never overwritten by accident."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from ctp_cli import artifact
+from ctp_cli.artifact import Workspace, manifest_of, newest, workspace
+from ctp_cli.errors import InputError, OutputError
+from ctp_cli.files import read_json, whole_file
+
+
+def make(path: Path, *, kind: str = "thing", identity: dict[str, object] | None = None, force: bool = False) -> Path:
+    with workspace(path, kind=kind, identity=identity or {"bits": 4}, force=force) as space:
+        (space.path / "data").write_text("whole")
+        return space.finish({"results": 1})
+
+
+def test_a_finished_artifact_is_there_with_its_manifest_and_nothing_else(tmp_path: Path) -> None:
+    path = make(tmp_path / "a" / "b")
+    manifest = manifest_of(path)
+    assert manifest is not None and manifest["identity"] == {"bits": 4} and manifest["files"] == {"data": 5}
+    assert manifest["environment"]["torch"] and manifest["peak_memory_bytes"] > 0
+    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["b"]
+
+
+def test_nothing_appears_before_it_is_finished(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError), workspace(tmp_path / "x", kind="k", identity={"a": 1}) as space:
+        (space.path / "part").write_text("half")
+        raise RuntimeError
+    assert not (tmp_path / "x").exists() and (tmp_path / "x.partial" / "part").exists()
+    assert manifest_of(tmp_path / "x.partial") is None
+
+
+def test_unfinished_work_goes_on_only_with_the_same_identity(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError), workspace(tmp_path / "x", kind="k", identity={"compress": {"bits": 4}}) as space:
+        (space.path / "part").write_text("half")
+        raise RuntimeError
+    other = workspace(tmp_path / "x", kind="k", identity={"compress": {"bits": 3}})
+    with pytest.raises(OutputError, match=r"compress\.bits was 4, is 3"), other:
+        pass
+    with workspace(tmp_path / "x", kind="k", identity={"compress": {"bits": 4}}) as again:
+        assert again.resumed and (again.path / "part").read_text() == "half"
+        again.finish({})
+    assert (tmp_path / "x" / "part").exists()
+
+
+def test_existing_output_is_refused_and_force_replaces_it_at_the_end(tmp_path: Path) -> None:
+    make(tmp_path / "x")
+    with pytest.raises(OutputError, match="exists"):
+        make(tmp_path / "x")
+    with pytest.raises(RuntimeError), workspace(tmp_path / "x", kind="k", identity={"n": 2}, force=True):
+        raise RuntimeError
+    assert (tmp_path / "x" / "data").read_text() == "whole"  # the old one stays until the new one is whole
+    make(tmp_path / "x", identity={"n": 3}, force=True)
+    manifest = manifest_of(tmp_path / "x")
+    assert manifest is not None and manifest["identity"] == {"n": 3}
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["x"]
+
+
+def test_an_error_before_anything_was_saved_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError), workspace(tmp_path / "x", kind="k", identity={}):
+        raise RuntimeError
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_output_that_appeared_meanwhile_is_not_overwritten(tmp_path: Path) -> None:
+    with workspace(tmp_path / "x", kind="k", identity={}) as space:
+        (space.path / "data").write_text("ours")
+        (tmp_path / "x").mkdir()
+        with pytest.raises(OutputError, match="exists by now"):
+            space.finish({})
+    assert isinstance(space, Workspace) and (tmp_path / "x.partial" / "data").exists()
+
+
+def test_whole_file_keeps_the_old_content_on_failure(tmp_path: Path) -> None:
+    path = tmp_path / "f"
+    path.write_text("old")
+    with pytest.raises(OSError, match="full"), whole_file(path) as beside:
+        beside.write_text("ne")
+        raise OSError("full")
+    assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["f"]
+
+
+def test_newest_takes_finished_artifacts_of_its_kind_and_refuses_a_tie(tmp_path: Path) -> None:
+    assert newest(("thing",), tmp_path) is None
+    make(tmp_path / "old")
+    young = make(tmp_path / "young")
+    make(tmp_path / "other", kind="another")
+    assert newest(("thing",), tmp_path) == young
+    stamp = read_json(young / artifact.MANIFEST)
+    manifest = read_json(tmp_path / "old" / artifact.MANIFEST) | {"created": stamp["created"]}
+    (tmp_path / "old" / artifact.MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(InputError, match="old, young"):
+        newest(("thing",), tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"[1]", b"{", b"\xff\xfe", b"[" * 100_000])
+def test_a_damaged_manifest_is_an_error_with_a_name(content: bytes, tmp_path: Path) -> None:
+    make(tmp_path / "x")
+    (tmp_path / "x" / artifact.MANIFEST).write_bytes(content)
+    with pytest.raises(InputError, match=r"ctp\.json"):
+        manifest_of(tmp_path / "x")
