@@ -59,8 +59,8 @@ class Workspace:
 
     def finish(self, manifest: Mapping[str, Any]) -> Path:
         """Write `ctp.json`, flush everything, and rename the folder to its final name."""
-        (self.path / IDENTITY).unlink(missing_ok=True)
-        files = {str(p.relative_to(self.path)): p.stat().st_size for p in sorted(self.path.rglob("*")) if p.is_file()}
+        made = sorted(path for path in self.path.rglob("*") if path.is_file() and path.name != IDENTITY)
+        files = {str(path.relative_to(self.path)): path.stat().st_size for path in made}
         write_json(
             self.path / MANIFEST,
             {
@@ -89,6 +89,8 @@ class Workspace:
             self.output.rename(replaced)
         self.path.rename(self.output)
         sync_folder(self.output.parent)
+        # only now: killed any earlier, the folder is still known as unfinished work of this identity
+        (self.output / IDENTITY).unlink(missing_ok=True)
         if replaced is not None:
             shutil.rmtree(replaced)
         return self.output

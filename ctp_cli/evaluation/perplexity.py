@@ -9,9 +9,11 @@ from typing import Any, Literal
 
 import torch
 from ctp_kernels.prefix import fresh_copy, prefix_cache
+from ctp_kernels.profiling import learned_positions
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ctp_cli.errors import InputError
 from ctp_cli.models.head import Scorer
 from ctp_cli.progress import SILENT, Progress
 
@@ -59,8 +61,21 @@ def perplexity(
     """Score tokens 2..T of every window given the ones before them (and the prompt).
 
     Prompt positions are never scored and never counted. The prompt's keys and values are computed once for all windows.
-    Raises: ValueError if the prompt is not as wide as the model's embeddings.
+    Raises: ValueError if the prompt is not as wide as the model's embeddings, InputError if prompt and window together
+    exceed the positions of a model that learned them.
     """
+    needed, limit = windows_NT.shape[1] + (0 if prompt_PD is None else prompt_PD.shape[0]), learned_positions(model)
+    if limit is not None and needed > limit:
+        raise InputError(
+            f"prompt and window together are {needed} tokens, the model has {limit} positions",
+            hint=f"use --seqlen {windows_NT.shape[1] - (needed - limit)} or less",
+        )
+    rows = model.get_input_embeddings().num_embeddings
+    if int(windows_NT.max()) >= rows:
+        raise InputError(
+            f"the text holds token id {int(windows_NT.max())}, the model has {rows} embeddings",
+            hint="is the tokenizer that of this model?",
+        )
     scorer = Scorer(model)
     prefix = None if prompt_PD is None else prefix_cache(model, prompt_PD)
     sums: list[Tensor] = []

@@ -102,3 +102,15 @@ def test_full_model_on_the_published_protocol(shared_data: Path) -> None:
     report = evaluate(section, targets=[Target("full", resolve_model("smollm2-135m"))])
     assert report.value("full", "wikitext2")[0] == pytest.approx(21.30, rel=1e-3)
     assert report.value("full", "c4")[0] == pytest.approx(30.13, rel=1e-3)
+
+
+def test_more_tokens_than_positions_are_refused_with_the_length_that_fits(tmp_path: Path) -> None:
+    from ctp_cli.errors import InputError
+
+    model = load_model(tiny_model("gpt2", tmp_path / "m"))  # 512 learned positions
+    prompt = torch.zeros(20, 64)
+    ids = torch.randint(5, 300, (2, 500))
+    with pytest.raises(InputError, match="520 tokens, the model has 512") as caught:
+        perplexity(model, ids, prompt_PD=prompt)
+    assert caught.value.hint == "use --seqlen 492 or less"
+    assert perplexity(model, ids[:, :492], prompt_PD=prompt).scored_tokens == 2 * 491
