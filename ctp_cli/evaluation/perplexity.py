@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from ctp_cli.errors import InputError
 from ctp_cli.models.head import Scorer
+from ctp_cli.models.loading import decoder_embedding
 from ctp_cli.progress import SILENT, Progress
 
 Convention = Literal["true", "paper"]
@@ -70,7 +71,7 @@ def perplexity(
             f"prompt and window together are {needed} tokens, the model has {limit} positions",
             hint=f"use --seqlen {windows_NT.shape[1] - (needed - limit)} or less",
         )
-    rows = model.get_input_embeddings().num_embeddings
+    rows = decoder_embedding(model).num_embeddings
     if int(windows_NT.max()) >= rows:
         raise InputError(
             f"the text holds token id {int(windows_NT.max())}, the model has {rows} embeddings",

@@ -123,19 +123,23 @@ def _measure(
     progress: Progress,
 ) -> dict[tuple[str, str], Perplexity]:
     results: dict[tuple[str, str], Perplexity] = {}
-    loaded: tuple[Path, PreTrainedModel] | None = None
-    for target in targets:
-        if loaded is None or loaded[0] != target.model.path:
-            loaded = None  # let go of the last model before the next one is read
-            loaded = (target.model.path, load_model(target.model.path, device=device))
-        network = loaded[1]
-        rows_PD = _prompt_rows(target, prompts[target.label], network)
-        for label, windows_NT in tokens[target.label].items():
-            results[target.label, label] = perplexity(
-                network, windows_NT, prompt_PD=rows_PD, batch_size=section.batch_size, progress=progress
-            )
-            value = results[target.label, label].value()
-            progress.say(f"{target.label}: perplexity {value:.3f} on {label}")
+    for path in dict.fromkeys(target.model.path for target in targets):
+        network = load_model(path, device=device)
+        on_it = [target for target in targets if target.model.path == path]
+        # all prompts are checked before the first figure is computed
+        rows = {target.label: _prompt_rows(target, prompts[target.label], network) for target in on_it}
+        for target in on_it:
+            for label, windows_NT in tokens[target.label].items():
+                results[target.label, label] = perplexity(
+                    network,
+                    windows_NT,
+                    prompt_PD=rows[target.label],
+                    batch_size=section.batch_size,
+                    progress=progress,
+                )
+                value = results[target.label, label].value()
+                progress.say(f"{target.label}: perplexity {value:.3f} on {label}")
+        del network, rows  # let go of one model before the next one is read
     return results
 
 
