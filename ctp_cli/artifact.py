@@ -23,9 +23,7 @@ from typing import Any
 
 from ctp_cli import __version__
 from ctp_cli.errors import InputError, OutputError
-from ctp_cli.files import read_json, sync_folder, whole_file, write_json
-
-__all__ = ["read_json", "whole_file", "write_json"]  # for the modules that make artifacts
+from ctp_cli.files import read_json, sync_folder, write_json
 
 MANIFEST = "ctp.json"
 IDENTITY = "ctp.partial.json"
@@ -57,9 +55,15 @@ class Workspace:
     force: bool
     started: float = field(default_factory=time.monotonic)
 
-    def finish(self, manifest: Mapping[str, Any]) -> Path:
-        """Write `ctp.json`, flush everything, and rename the folder to its final name."""
-        made = sorted(path for path in self.path.rglob("*") if path.is_file() and path.name != IDENTITY)
+    def finish(self, manifest: Mapping[str, Any], *, scratch: tuple[str, ...] = ()) -> Path:
+        """Write `ctp.json`, flush everything, and rename the folder to its final name.
+
+        Files that match `scratch`, from which interrupted work goes on, are removed only after that.
+        """
+        scratch = (*scratch, IDENTITY)
+        made = sorted(
+            path for path in self.path.rglob("*") if path.is_file() and not any(path.match(p) for p in scratch)
+        )
         files = {str(path.relative_to(self.path)): path.stat().st_size for path in made}
         write_json(
             self.path / MANIFEST,
@@ -89,8 +93,9 @@ class Workspace:
             self.output.rename(replaced)
         self.path.rename(self.output)
         sync_folder(self.output.parent)
-        # only now: killed any earlier, the folder is still known as unfinished work of this identity
-        (self.output / IDENTITY).unlink(missing_ok=True)
+        for pattern in scratch:
+            for path in self.output.glob(pattern):
+                path.unlink(missing_ok=True)
         if replaced is not None:
             shutil.rmtree(replaced)
         return self.output
@@ -121,6 +126,7 @@ def workspace(output: Path, *, kind: str, identity: Mapping[str, Any], force: bo
             raise OutputError(
                 f"another ctp process is making {output}", hint="wait for it, or choose another -o"
             ) from None
+        refuse_existing(output, force=force)  # again, now that nobody else can make it
         resumed = _open_partial(partial, plain, force=force)
         try:
             yield Workspace(partial, output, kind, plain, resumed, force)
@@ -130,9 +136,18 @@ def workspace(output: Path, *, kind: str, identity: Mapping[str, Any], force: bo
             lock_path.unlink(missing_ok=True)
 
 
-def refuse_existing(output: Path, *, force: bool) -> None:
+def refuse_existing(output: Path, *, force: bool, reads: Path | None = None) -> None:
+    """Also with `force`, only what ctp itself made is ever replaced: a model's own folder or a file never is."""
+    if reads is not None and output.resolve() == reads.resolve():
+        raise OutputError(f"{output} is what is to be read", hint="choose another name with -o")
+    if not output.name:
+        raise OutputError(f"{output} is no name for an output", hint="choose a name with -o")
     if output.exists() and not force:
         raise OutputError(f"{output} exists", hint="choose another name with -o, or replace it with --force")
+    if output.exists() and (not output.is_dir() or manifest_of(output) is None):
+        raise OutputError(
+            f"{output} was not made by ctp: --force does not replace it", hint="choose another name with -o"
+        )
 
 
 def _open_partial(partial: Path, identity: dict[str, Any], *, force: bool) -> bool:
@@ -140,6 +155,8 @@ def _open_partial(partial: Path, identity: dict[str, Any], *, force: bool) -> bo
         before = read_json(partial / IDENTITY) if (partial / IDENTITY).exists() else None
         if before == identity:
             return True
+        if before is None and any(partial.iterdir()) and not force:
+            raise OutputError(f"{partial} is there and was not made by ctp", hint="move it away, or use --force")
         if before is not None and not force:
             lines = "; ".join(differences(before, identity))
             raise OutputError(
@@ -174,8 +191,9 @@ def newest(kinds: tuple[str, ...], folder: Path) -> Path | None:
     """The most recently finished artifact directly inside `folder`; refuses if two were finished at the same moment."""
     found: list[tuple[str, Path]] = []
     for child in folder.iterdir():
-        if child.is_dir() and (manifest := manifest_of(child)) and manifest.get("kind") in kinds:
-            found.append((str(manifest.get("created", "")), child))
+        with contextlib.suppress(OSError, InputError):  # a neighbour that cannot be read is not what is meant
+            if child.is_dir() and (manifest := manifest_of(child)) and manifest.get("kind") in kinds:
+                found.append((str(manifest.get("created", "")), child))
     if not found:
         return None
     latest = max(created for created, _ in found)

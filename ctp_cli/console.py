@@ -4,7 +4,7 @@ import json
 import logging
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from rich.console import Console as RichConsole
 from rich.progress import (
@@ -92,10 +92,19 @@ class Console:
 class BarProgress:
     """rich's progress bar with rate and time left."""
 
+    _open: ClassVar[list["BarProgress"]] = []
+
     def __init__(self, console: RichConsole) -> None:
         self._console = console
         self._bar: RichProgress | None = None
         self._task: TaskID | None = None
+        self._open.append(self)
+
+    @classmethod
+    def close_all(cls) -> None:
+        for progress in cls._open:
+            progress.finish()
+        cls._open.clear()
 
     def start(self, description: str, total: int) -> None:
         self.finish()

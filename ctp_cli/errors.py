@@ -53,3 +53,9 @@ class GateFailedError(CtpError):
     """The work finished, but a gate the user set (`--max-ppl`, ...) was not met."""
 
     exit_code = 4
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Python's own error, CUDA's, and torch's words for the CPU's."""
+    words = ("can't allocate memory", "out of memory")
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(w in str(error) for w in words))

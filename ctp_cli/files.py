@@ -16,12 +16,19 @@ def whole_file(path: Path) -> Iterator[Path]:
     beside = path.with_name(path.name + ".writing")
     try:
         yield beside
+        beside.chmod(0o666 & ~_umask())  # safetensors makes files that only their owner can read
         with beside.open("rb") as handle:
             os.fsync(handle.fileno())
         beside.replace(path)
         sync_folder(path.parent)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

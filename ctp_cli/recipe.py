@@ -115,8 +115,8 @@ class LearnSection(Section):
     """num_virtual_tokens: rows of the prompt."""
     steps: Annotated[int, Field(ge=1)] | None = None
     """Optimizer steps. None: as many as fit `max_time`."""
-    max_time: Seconds = 1800.0
-    """Seconds of learning when `steps` is not given; sets the number of steps after a few timed ones."""
+    max_time: Seconds | None = None
+    """Seconds of learning: the number of steps that fit is set after a few timed ones. With neither: 30 minutes."""
     batch_size: Annotated[int, Field(ge=1)] = 4
     seqlen: Annotated[int, Field(ge=8)] = 512
     """Text tokens per sequence; the prompt stands before them."""
@@ -134,7 +134,7 @@ class LearnSection(Section):
     validation_windows: Annotated[int, Field(ge=1)] = 16
     patience: Annotated[int, Field(ge=1)] = 10
     """Validations without a better prompt before learning stops."""
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     """accelerate's; the frozen model keeps its checkpoint's dtype, the prompt is float32 in any case."""
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ctp_cli import artifact
-from ctp_cli.errors import OutputError
+from ctp_cli.errors import GateFailedError, OutputError
 from ctp_cli.files import read_json
 from ctp_cli.models.resolve import ResolvedModel, resolve_model
 from ctp_cli.progress import SILENT, Progress
@@ -62,11 +62,11 @@ def plan(recipe: Recipe, *, device: str, force: bool = False, progress: Progress
     return made
 
 
-def run(steps: Plan, progress: Progress = SILENT) -> list[tuple[Step, bool]]:
-    """Make what is not made yet. Returns each step with True where it had been made before."""
+def run(steps: Plan, *, force: bool = False, progress: Progress = SILENT) -> list[tuple[Step, bool]]:
+    """Make what is not made yet (everything with `force`). Returns each step with True where it was left as it is."""
     done = []
     for step in steps.steps:
-        already = step.made
+        already = step.made and not force
         if already:
             progress.say(f"{step.name}: already made, {step.output}")
         else:
@@ -75,6 +75,22 @@ def run(steps: Plan, progress: Progress = SILENT) -> list[tuple[Step, bool]]:
                 step.make()
         done.append((step, already))
     return done
+
+
+def check_gates(steps: Plan) -> None:
+    """Raises GateFailedError if a perplexity or latency is above what the recipe allows, whenever it was measured."""
+    recipe = steps.recipe
+    over = []
+    if recipe.eval is not None and recipe.eval.max_ppl is not None:
+        for score in read_json(steps.output("evaluation") / "scores.json")["scores"]:
+            if not score["perplexity"] <= recipe.eval.max_ppl:
+                over.append(f"perplexity of {score['label']} on {score['text']} is {score['perplexity']:.2f}")
+    if recipe.bench is not None and recipe.bench.max_latency_ms is not None:
+        for row in read_json(steps.output("benchmark") / "latency.json")["rows"]:
+            if row["per_token_ms"]["median"] > recipe.bench.max_latency_ms:
+                over.append(f"a token behind {row['prompt_tokens']} takes {row['per_token_ms']['median']:.1f} ms")
+    if over:
+        raise GateFailedError("above the recipe's limits: " + "; ".join(over))
 
 
 @dataclass
@@ -163,7 +179,7 @@ class _Builder:
         )
 
     def _eval(self, section: EvalSection, subject: ResolvedModel, upstream: str) -> str:
-        from ctp_cli.stages.eval import Target, check_gate, evaluate
+        from ctp_cli.stages.eval import Target, evaluate
 
         targets = [Target(FULL, self.plan.model)]
         if self.plan.recipe.compress is not None:
@@ -174,9 +190,9 @@ class _Builder:
         options: dict[str, Any] = {"device": self.device, "force": self.force, "progress": self.progress}
         return self._add(
             "evaluation",
-            [section.model_dump(), [_text_key(text) for text in section.ppl]],
+            [section.model_dump(exclude={"max_ppl"}), [_text_key(text) for text in section.ppl]],
             upstream,
-            lambda output: check_gate(section, evaluate(section, targets=targets, output=output, **options)),
+            lambda output: evaluate(section, targets=targets, output=output, **options),
         )
 
     def _bench(self, subject: ResolvedModel, upstream: str, *, with_prompt: bool) -> str:
@@ -186,7 +202,7 @@ class _Builder:
         assert section is not None
         return self._add(
             "benchmark",
-            section.model_dump(),
+            section.model_dump(exclude={"max_latency_ms"}),
             upstream,
             lambda output: bench(
                 section,

@@ -1,4 +1,7 @@
-"""GPTQ checkpoints (v1 written; v1 and v2 read): packed codes per layer, settings in two places.
+"""GPTQ checkpoints, v1 and v2: packed codes per layer, settings in two places.
+
+Symmetric ones are written as v1, which every reader knows. Asymmetric ones are written as v2: GPTQModel refuses an
+asymmetric v1 file that it did not make itself, because others have disagreed about its zero points.
 
 O=out_features I=in_features G=groups
 """
@@ -36,7 +39,7 @@ class GPTQSettings:
         """As it stands in config.json and in quantize_config.json."""
         return {
             "quant_method": "gptq",
-            "checkpoint_format": "gptq",
+            "checkpoint_format": "gptq" if self.zero_offset else "gptq_v2",
             "bits": self.bits,
             "group_size": self.group_size,
             "desc_act": self.desc_act,
@@ -83,9 +86,10 @@ def check_packable(name: str, *, out_features: int, in_features: int, bits: int)
             )
 
 
-def pack_layer(name: str, codes: Codes, bits: int) -> dict[str, Tensor]:
+def pack_layer(name: str, codes: Codes, settings: GPTQSettings) -> dict[str, Tensor]:
     """A layer's four tensors under their names on disk."""
-    stored_zeros_OG = codes.zeros_OG.to(torch.int64) - 1
+    bits = settings.bits
+    stored_zeros_OG = codes.zeros_OG.to(torch.int64) - settings.zero_offset
     return {
         f"{name}.qweight": pack_rows(codes.codes_OI.T, bits),
         f"{name}.qzeros": pack_rows(stored_zeros_OG, bits).T.contiguous(),

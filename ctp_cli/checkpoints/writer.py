@@ -48,7 +48,7 @@ def block_tensors(
         for result in results:
             assert result.solution.codes is not None
             del tensors[f"{result.layer.name}.weight"]
-            tensors |= gptq.pack_layer(result.layer.name, result.solution.codes, settings.bits)
+            tensors |= gptq.pack_layer(result.layer.name, result.solution.codes, settings)
     return tensors
 
 
@@ -107,7 +107,7 @@ def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def write_index(folder: Path) -> int:
-    """The index over all shards in `folder`, from their headers. Returns the bytes of all tensors."""
+    """The index over all shards in `folder`, from their headers. Returns the bytes of all shard files."""
     weight_map: dict[str, str] = {}
     total = 0
     for file in sorted(folder.glob("model-*.safetensors")):
@@ -152,15 +152,6 @@ def _keys_for_older_readers(model: PreTrainedModel) -> dict[str, Any]:
 def parameter_count(model: PreTrainedModel) -> int:
     """Parameters, tied ones once."""
     return sum(parameter.numel() for parameter in {id(p): p for p in model.parameters()}.values())
-
-
-def zero_share(results: Iterable[LayerResult]) -> float:
-    """Share of exactly zero weights over the given layers."""
-    zeros = total = 0
-    for result in results:
-        zeros += int((result.solution.weight_OI == 0).sum())
-        total += result.solution.weight_OI.numel()
-    return zeros / max(1, total)
 
 
 def dtype_bits(dtype: torch.dtype) -> int:

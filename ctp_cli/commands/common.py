@@ -10,8 +10,8 @@ from typing import Annotated, ParamSpec
 import typer
 
 from ctp_cli import artifact
-from ctp_cli.console import Console
-from ctp_cli.errors import CtpError, UnfinishedError
+from ctp_cli.console import BarProgress, Console
+from ctp_cli.errors import CtpError, UnfinishedError, is_out_of_memory
 
 Given = ParamSpec("Given")
 
@@ -54,7 +54,7 @@ def reports_errors(command: Callable[Given, None]) -> Callable[Given, None]:
                     console,
                     UnfinishedError("the disk is full", hint="make room and run the same command: it goes on"),
                 )
-            if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+            if is_out_of_memory(error):
                 _stop(
                     console,
                     UnfinishedError(f"out of memory ({error})", hint="use a smaller batch, --seqlen or model"),
@@ -72,6 +72,7 @@ def _interrupted() -> CtpError:
 
 
 def _stop(console: Console, error: CtpError, code: int | None = None) -> None:
+    BarProgress.close_all()  # a bar left open would hide the cursor and draw over the message
     console.error(error)
     raise typer.Exit(error.exit_code if code is None else code) from None
 

@@ -8,9 +8,10 @@ import typer
 
 from ctp_cli.commands.common import Device, DryRun, Force, Json, Output, Quiet, reports_errors
 from ctp_cli.console import Console, size_text, time_text
+from ctp_cli.models.embedded import NAME
 from ctp_cli.recipe import CompressSection, build
 
-EMBEDDED = "smollm2-135m"
+EMBEDDED = NAME
 
 WHAT, HOW, TEXT = "What to compress", "How", "Calibration text"
 
@@ -61,7 +62,7 @@ def compress(
             "sparsity": sparsity,
             "bits": bits,
             "format": format,
-            "group_size": int(group_size) if group_size and group_size.lstrip("-").isdigit() else group_size,
+            "group_size": int(group_size) if group_size and group_size.isdecimal() else group_size,
             "symmetric": symmetric,
             "mse_clip": mse_clip,
             "act_order": act_order,

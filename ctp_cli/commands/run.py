@@ -49,7 +49,7 @@ def run(
         console.table(f"{recipe}, on {plan.model.name} ({plan.model.path})", ("stage", "", "output"), rows)
         console.document("run-plan", {"model": str(plan.model.path), "steps": [list(row) for row in rows]})
         return
-    done = runner.run(plan, progress)
+    done = runner.run(plan, force=force, progress=progress)
     _summary(console, plan)
     seconds = time.monotonic() - started
     rows = [(step.name, str(step.output), "already made" if already else "made now") for step, already in done]
@@ -61,6 +61,7 @@ def run(
     for name, path, how in rows:
         console.result(f"{name:{width}}  {path}" + (f"  ({how})" if how else ""))
     console.note(f"{time_text(seconds)} in all")
+    runner.check_gates(plan)
 
 
 def _scores(plan: Any) -> list[dict[str, Any]]:

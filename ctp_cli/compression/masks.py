@@ -25,10 +25,6 @@ class MaskRule:
             return cls(n=int(match[1]), m=int(match[2]))
         return cls(fraction=float(sparsity))
 
-    @property
-    def pruned_share(self) -> float:
-        return self.fraction if self.fraction is not None else 1 - self.n / self.m
-
 
 def keep_largest(score_CO: Tensor, rule: MaskRule) -> Tensor:
     """Keep the highest scores: over the whole of score_CO for a fraction, in every m inputs of each output for n:m.

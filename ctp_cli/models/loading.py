@@ -2,7 +2,7 @@
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from ctp_cli.checkpoints import gptq
-from ctp_cli.errors import InputError
+from ctp_cli.errors import InputError, is_out_of_memory
 from ctp_cli.files import read_json
 
 # What a damaged or foreign checkpoint makes transformers raise; all of them are the file's fault, not ours.
@@ -65,19 +65,25 @@ def load_model(path: Path, *, dtype: torch.dtype | None = None, device: str = "c
     try:
         with quiet_transformers():
             if quantization is None:
-                model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype or "auto", trust_remote_code=False)
+                factory: Any = AutoModelForCausalLM
+                model, info = factory.from_pretrained(
+                    path, dtype=dtype or "auto", trust_remote_code=False, output_loading_info=True
+                )
             else:
-                model = _load_gptq(path, config, quantization, dtype)
+                model, info = _load_gptq(path, config, quantization, dtype)
     except _LOAD_FAILURES as error:
+        if is_out_of_memory(error):
+            raise
         raise InputError(
             f"{path}: the weights cannot be loaded ({_first_line(error)})",
             hint="download or compress the model again",
         ) from None
+    _refuse_missing(path, info["missing_keys"])
     frozen: PreTrainedModel = model.to(device).eval().requires_grad_(False)
     return frozen
 
 
-def _load_gptq(path: Path, config: Any, quantization: Any, dtype: torch.dtype | None) -> PreTrainedModel:
+def _load_gptq(path: Path, config: Any, quantization: Any, dtype: torch.dtype | None) -> tuple[Any, dict[str, Any]]:
     settings = gptq.GPTQSettings.from_config(
         quantization if isinstance(quantization, dict) else quantization.to_dict(), path
     )
@@ -87,8 +93,19 @@ def _load_gptq(path: Path, config: Any, quantization: Any, dtype: torch.dtype | 
     transposed = {name for name, module in skeleton.named_modules() if type(module).__name__ == "Conv1D"}
     state = gptq.read_dense_state(path, settings, dtype=dtype or config.dtype or torch.float16, transposed=transposed)
     factory: Any = type(skeleton)  # the Auto class insists on a path
-    model: PreTrainedModel = factory.from_pretrained(None, config=config, state_dict=state, dtype=dtype or config.dtype)
-    return model
+    model, info = factory.from_pretrained(
+        None, config=config, state_dict=state, dtype=dtype or config.dtype, output_loading_info=True
+    )
+    return model, info
+
+
+def _refuse_missing(path: Path, missing: Collection[str]) -> None:
+    """transformers fills what a checkpoint lacks with random numbers; here it is refused."""
+    if missing:
+        raise InputError(
+            f"{path}: {len(missing)} tensors are missing ({', '.join(sorted(missing)[:3])}, ...)",
+            hint="the checkpoint is not complete, or its config.json belongs to another one",
+        )
 
 
 def weight_files(path: Path) -> dict[str, Path]:

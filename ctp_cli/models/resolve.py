@@ -1,6 +1,7 @@
 """From what a user typed to a folder with a checkpoint: the embedded model, a local folder, or a hub id."""
 
 import difflib
+import errno
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,6 +57,8 @@ def download_from_hub(repository: str) -> Path:
             f"{repository}: the hub has no such model, or it needs a login", hint="check the name"
         ) from None
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+            raise
         raise NetworkError(
             f"{repository}: not in the local cache, and the Hugging Face hub cannot be reached "
             f"({type(error).__name__})",

@@ -27,10 +27,10 @@ _TIMED_STEPS = 3
 
 @dataclass(frozen=True)
 class LearningSettings:
-    """How to learn; `steps` None means as many as fit `max_seconds`, decided after a few timed steps."""
+    """How to learn. The smaller of `steps` and what fits `max_seconds` counts; at least one of them is given."""
 
     steps: int | None
-    max_seconds: float
+    max_seconds: float | None
     batch_size: int
     learning_rate: float
     warmup_share: float
@@ -162,7 +162,10 @@ def learn(
         progress.say(f"step 0: validation perplexity {state.best_perplexity:.3f} (random token embeddings)")
     loop = _Loop(model, state, ids_T, seqlen, settings, accelerator)
     if not resumed:
-        state.planned_steps = settings.steps or loop.steps_that_fit(settings.max_seconds, validation_seconds)
+        fitting = (
+            None if settings.max_seconds is None else loop.steps_that_fit(settings.max_seconds, validation_seconds)
+        )
+        state.planned_steps = min(steps for steps in (settings.steps, fitting) if steps is not None)
         if accelerator.is_main_process:
             state.save(state_path)
     progress.start("learn", state.planned_steps)

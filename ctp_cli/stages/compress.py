@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from ctp_cli.artifact import Workspace, folder_fingerprint, refuse_existing, workspace
+from ctp_cli.artifact import Workspace, folder_fingerprint, manifest_of, refuse_existing, workspace
 from ctp_cli.checkpoints import gptq, writer
 from ctp_cli.compression.blockwise import LayerResult, compress_block
 from ctp_cli.compression.grid import GridRule
@@ -18,8 +18,9 @@ from ctp_cli.compression.masks import MaskRule
 from ctp_cli.compression.solver import SolverRule
 from ctp_cli.data.sources import Text, load_text
 from ctp_cli.data.windows import token_ids, windows
-from ctp_cli.errors import InputError, RecipeError
+from ctp_cli.errors import InputError, RecipeError, SolverError
 from ctp_cli.files import read_json, write_json
+from ctp_cli.models import embedded
 from ctp_cli.models.blocks import Block, LinearLayer, WalkState, advance, find_blocks, shared_inputs, start_walk
 from ctp_cli.models.loading import load_config, load_model, load_tokenizer
 from ctp_cli.models.resolve import ResolvedModel
@@ -60,7 +61,8 @@ def output_name(model: ResolvedModel, section: CompressSection) -> str:
 
 def default_text(model: ResolvedModel) -> str:
     """The embedded model is for trying things out without a network; any other model gets the field's usual text."""
-    return "pydoc" if model.embedded else "c4"
+    base = (manifest_of(model.path) or {}).get("base_model")
+    return "pydoc" if embedded.NAME in (base, model.name) and (model.embedded or base) else "c4"
 
 
 def identity(section: CompressSection, model: ResolvedModel, calibration: Text) -> dict[str, Any]:
@@ -82,7 +84,7 @@ def compress(
     progress: Progress = SILENT,
 ) -> CompressReport:
     """Raises CtpError kinds for whatever the user can mend; unfinished work is kept in `output`.partial."""
-    refuse_existing(output, force=force)
+    refuse_existing(output, force=force, reads=model.path)
     config = load_config(model.path)
     if getattr(config, "quantization_config", None) is not None:
         raise InputError(f"{model.path}: already quantized", hint="compress the original model")
@@ -111,7 +113,8 @@ def compress(
                 "format": job.format,
                 "base_model": model.name,
                 "results": sizes | {"layers": report, "notes": notes},
-            }
+            },
+            scratch=("*.layers",),
         )
     errors = [layer["relative_error"] for layer in report if layer["relative_error"] is not None]
     return CompressReport(
@@ -126,7 +129,7 @@ def compress(
 
 def dry_run(section: CompressSection, *, model: ResolvedModel, output: Path, force: bool = False) -> dict[str, Any]:
     """Check what can be checked without weights; estimate sizes from shapes and time from a probe of the machine."""
-    refuse_existing(output, force=force)
+    refuse_existing(output, force=force, reads=model.path)
     config = load_config(model.path)
     calibration = load_text(section.calibration or default_text(model), default_part="train")
     tokenizer = load_tokenizer(model.path)
@@ -215,6 +218,7 @@ class _Job:
                 desc_act=section.act_order == "column",
                 dampening=section.dampening,
                 true_sequential=section.true_sequential,
+                zero_offset=1 if section.symmetric else 0,
             ),
         )
 
@@ -300,15 +304,13 @@ class _Run:
                 results = compress_block(
                     block, state, self.job.rule, sets.of(block), true_sequential=self.job.section.true_sequential
                 )
+                _refuse_nan(block, state.hidden_BTD)
                 rows = [_layer_row(result) for result in results]
                 write_json(record, {"layers": rows})
                 writer.write_shard(shard, writer.block_tensors(block, results, settings=self.job.settings))
             report += rows
-            _refuse_nan(block, state.hidden_BTD)
             self.progress.advance(note=_note(rows))
         self.progress.finish()
-        for record in self.space.path.glob("*.layers"):
-            record.unlink()
         return report
 
 
@@ -329,7 +331,7 @@ class _SharedInputs:
 
 def _refuse_nan(block: Block, hidden_BTD: list[Tensor]) -> None:
     if not all(torch.isfinite(x_BTD).all() for x_BTD in hidden_BTD):
-        raise InputError(
+        raise SolverError(
             f"{block.name}: its outputs hold NaN or infinity",
             hint="does the uncompressed model run on this text?",
         )

@@ -1,5 +1,6 @@
 """Perplexity of several checkpoints and prompts on several texts, in one table."""
 
+import contextlib
 import json
 import logging
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ctp_cli.artifact import file_fingerprint, folder_fingerprint, manifest_of, refuse_existing, workspace
+from ctp_cli.artifact import Workspace, file_fingerprint, folder_fingerprint, manifest_of, refuse_existing, workspace
 from ctp_cli.data.sources import Text, load_text
 from ctp_cli.data.windows import token_ids, windows
 from ctp_cli.errors import GateFailedError, InputError
@@ -28,6 +29,7 @@ from ctp_cli.stages.compress import default_text
 log = logging.getLogger(__name__)
 
 KIND = "evaluation"
+OTHER_TOKENS = "other tokens: not comparable"
 
 
 @dataclass(frozen=True)
@@ -83,27 +85,41 @@ def evaluate(
     """Raises CtpError kinds for models, prompts or texts that cannot be used; nothing is left behind then."""
     if output is not None:
         refuse_existing(output, force=force)
-    specs = section.ppl or (default_text(targets[0].model) + (":test" if targets[0].model.embedded else ""),)
+    specs = section.ppl or (f"{default_text(targets[0].model)}:test",)
     texts = [load_text(spec, default_part="test") for spec in specs]
+    if len({text.label for text in texts}) < len(texts):
+        raise InputError("two texts have the same label", hint="write LABEL=FILE[:COLUMN] to tell them apart")
     prompts = {target.label: _load_prompt(target) for target in targets}
     tokens = {target.label: _windows(section, target, texts) for target in targets}
-    results = _measure(section, targets, prompts, tokens, device, progress)
-    report = _report(section, targets, texts, results, output, _overlaps(prompts, texts))
-    if output is not None:
-        _save(section, targets, report, output, force)
+    warnings = _overlaps(prompts, texts)
+    identity = {"eval": section.model_dump(), "inputs": _inputs(targets)}
+    place = contextlib.nullcontext() if output is None else workspace(output, kind=KIND, identity=identity, force=force)
+    with place as space:  # an output that cannot be made is refused before the work, not after it
+        results = _measure(section, targets, prompts, tokens, device, progress)
+        report = _report(section, targets, texts, results, tokens, output, warnings)
+        if space is not None:
+            _save(section, targets, report, space)
     return report
 
 
 def check_gate(section: EvalSection, report: EvalReport) -> None:
     """Raises GateFailedError if any perplexity is above `max_ppl`."""
-    over = [s for s in report.scores if section.max_ppl is not None and s.perplexity > section.max_ppl]
+    over = [s for s in report.scores if section.max_ppl is not None and not s.perplexity <= section.max_ppl]
     if over:
         lines = ", ".join(f"{s.label} on {s.text}: {s.perplexity:.2f}" for s in over)
         raise GateFailedError(f"perplexity above max_ppl {section.max_ppl:g}: {lines}")
 
 
 def _load_prompt(target: Target) -> Prompt | None:
-    return None if target.prompt is None else load_prompt(target.prompt)
+    if target.prompt is None:
+        return None
+    prompt = load_prompt(target.prompt)
+    if prompt.metadata.kind != "soft-prompt" or prompt.metadata.layout != "prompt-text":
+        raise InputError(
+            f"{target.prompt}: a {prompt.metadata.kind} of layout {prompt.metadata.layout} cannot be evaluated yet",
+            hint="evaluate soft prompts that stand directly before the text",
+        )
+    return prompt
 
 
 def _windows(section: EvalSection, target: Target, texts: Sequence[Text]) -> dict[str, Tensor]:
@@ -171,13 +187,21 @@ def _overlaps(prompts: dict[str, Prompt | None], texts: Sequence[Text]) -> tuple
     """A figure on text that made or chose the prompt is not a result; say so."""
     warnings = []
     for label, prompt in prompts.items():
-        data = json.loads(prompt.metadata.data) if prompt is not None and prompt.metadata.data else {}
+        data = _data_of(prompt)
         for text in texts:
-            for what in ("text", "validation"):
+            for what, verb in (("text", "learned from"), ("validation", "chosen on"), ("file", "learned from")):
                 if data.get(f"{what}_sha256") == text.sha256:
-                    verb = "learned from" if what == "text" else "chosen on"
                     warnings.append(f"{label}: its prompt was {verb} {text.label}; that figure is not a result")
     return tuple(warnings)
+
+
+def _data_of(prompt: Prompt | None) -> dict[str, Any]:
+    """What the prompt says of its texts; other tools may have written anything there."""
+    try:
+        data = json.loads(prompt.metadata.data or "{}") if prompt is not None else {}
+    except (json.JSONDecodeError, RecursionError):
+        return {}
+    return data if isinstance(data, dict) else {}
 
 
 def _report(
@@ -185,6 +209,7 @@ def _report(
     targets: Sequence[Target],
     texts: Sequence[Text],
     results: dict[tuple[str, str], Perplexity],
+    tokens: dict[str, dict[str, Tensor]],
     output: Path | None,
     warnings: tuple[str, ...],
 ) -> EvalReport:
@@ -193,13 +218,14 @@ def _report(
         for text in texts:
             result = results[target.label, text.label]
             first = results[targets[0].label, text.label]
+            same = torch.equal(tokens[targets[0].label][text.label], tokens[target.label][text.label])
             scores.append(
                 Score(
                     label=target.label,
                     text=text.label,
                     perplexity=result.value(section.convention),
                     standard_error=result.standard_error,
-                    against_first=None if target is targets[0] else _against(first, result),
+                    against_first=None if target is targets[0] else _against(first, result) if same else OTHER_TOKENS,
                     details={
                         "source": text.source,
                         "sha256": text.sha256,
@@ -217,16 +243,14 @@ def _report(
 
 
 def _against(first: Perplexity, other: Perplexity) -> str:
-    if first.window_nll_N.shape != other.window_nll_N.shape:
-        return "other tokens: not comparable"
     difference = compare(first, other)
     if not difference.measurable:
         return "no measurable difference"
     return f"{difference.mean:+.3f} ± {difference.standard_error:.3f} nats/token"
 
 
-def _save(section: EvalSection, targets: Sequence[Target], report: EvalReport, output: Path, force: bool) -> None:
-    inputs = [
+def _inputs(targets: Sequence[Target]) -> list[dict[str, Any]]:
+    return [
         {
             "label": target.label,
             "model": {"name": target.model.name, "sha256": folder_fingerprint(target.model.path)},
@@ -234,16 +258,18 @@ def _save(section: EvalSection, targets: Sequence[Target], report: EvalReport, o
         }
         for target in targets
     ]
-    with workspace(output, kind=KIND, identity={"eval": section.model_dump(), "inputs": inputs}, force=force) as space:
-        write_json(space.path / "scores.json", document(report))
-        space.finish(
-            {
-                "recipe": {"eval": section.model_dump()},
-                "inputs": inputs,
-                "base_model": (manifest_of(targets[0].model.path) or {}).get("base_model", targets[0].model.name),
-                "results": "scores.json",
-            }
-        )
+
+
+def _save(section: EvalSection, targets: Sequence[Target], report: EvalReport, space: Workspace) -> None:
+    write_json(space.path / "scores.json", document(report))
+    space.finish(
+        {
+            "recipe": {"eval": section.model_dump()},
+            "inputs": space.identity["inputs"],
+            "base_model": (manifest_of(targets[0].model.path) or {}).get("base_model", targets[0].model.name),
+            "results": "scores.json",
+        }
+    )
 
 
 def _prompt_file(path: Path) -> Path:

@@ -14,7 +14,7 @@ from ctp_cli.artifact import folder_fingerprint, manifest_of, refuse_existing, w
 from ctp_cli.benchmark.figures import learning_figure
 from ctp_cli.data.sources import Text, known_names, load_text
 from ctp_cli.data.windows import token_ids, windows
-from ctp_cli.errors import InputError
+from ctp_cli.errors import InputError, RecipeError
 from ctp_cli.evaluation.perplexity import perplexity
 from ctp_cli.models.loading import decoder_embedding, load_model, load_tokenizer
 from ctp_cli.models.resolve import ResolvedModel
@@ -34,6 +34,7 @@ from ctp_cli.stages.compress import default_text
 KIND = "prompt"
 _STATE = "state.safetensors"
 _HELD_OUT = 0.1
+_DEFAULT_SECONDS = 1800.0
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ def learn_prompt(
     progress: Progress = SILENT,
 ) -> LearnReport:
     """Raises CtpError kinds for what the user can mend; unfinished work is kept and gone on from."""
-    refuse_existing(output, force=force)
+    refuse_existing(output, force=force, reads=model.path)
     tokenizer = load_tokenizer(model.path)
     text, validation = _texts(section, model)
     ids_T = token_ids(text, tokenizer)
@@ -80,7 +81,9 @@ def learn_prompt(
         "validation": {"source": validation.source, "sha256": validation.sha256},
     }
     accelerator = Accelerator(cpu=device == "cpu", mixed_precision=section.mixed_precision)
-    network = load_model(model.path, device=str(accelerator.device))
+    if accelerator.num_processes > 1:
+        raise RecipeError("learn works in one process so far", hint="start it without accelerate launch")
+    network = load_model(model.path, device=device)
     with workspace(output, kind=KIND, identity=identity, force=force) as space:
         if space.resumed and (space.path / _STATE).exists():
             progress.say(f"going on with the unfinished work in {space.path}")
@@ -123,7 +126,8 @@ def learn_prompt(
                     "learning_seconds": round(state.seconds, 1),
                     "history": state.history,
                 },
-            }
+            },
+            scratch=(_STATE,),
         )
     return report
 
@@ -148,9 +152,15 @@ def _texts(section: LearnSection, model: ResolvedModel) -> tuple[Text, Text]:
     return text, validation
 
 
+def _whole(section: LearnSection, model: ResolvedModel) -> Text:
+    """The text as given, before a part of it was set aside: `eval` warns where it is reported on."""
+    return load_text(section.text or default_text(model), default_part="train")
+
+
 def _start(section: LearnSection, network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Tensor:
     special = set(tokenizer.all_special_ids)
-    usable = torch.tensor([i for i in range(len(tokenizer)) if i not in special])
+    known = min(len(tokenizer), decoder_embedding(network).num_embeddings)
+    usable = torch.tensor([i for i in range(known) if i not in special])
     generator = torch.Generator().manual_seed(section.seed)
     return random_rows(decoder_embedding(network), section.tokens, usable, generator).cpu()
 
@@ -158,7 +168,7 @@ def _start(section: LearnSection, network: PreTrainedModel, tokenizer: PreTraine
 def _settings(section: LearnSection) -> LearningSettings:
     return LearningSettings(
         steps=section.steps,
-        max_seconds=section.max_time,
+        max_seconds=_DEFAULT_SECONDS if section.steps is None and section.max_time is None else section.max_time,
         **section.model_dump(
             include={
                 "batch_size",
@@ -193,6 +203,7 @@ def _save(
             {
                 "text": text.source,
                 "text_sha256": text.sha256,
+                "file_sha256": _whole(section, model).sha256,
                 "validation": validation.source,
                 "validation_sha256": validation.sha256,
             }
@@ -203,7 +214,6 @@ def _save(
     )
     save_prompt(folder / PROMPT_FILE, Prompt(state.best_PD.float(), metadata))
     learning_figure(state.history, folder / "learning.png", title=f"Learning a prompt on {model.name}")
-    (folder / _STATE).unlink(missing_ok=True)
 
 
 def _manifest(model: ResolvedModel) -> dict[str, Any]:

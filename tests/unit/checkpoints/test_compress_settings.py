@@ -138,3 +138,43 @@ def test_a_run_repeats_bit_for_bit(llama: Path, text: Path, tmp_path: Path) -> N
     one, two = (stored_tensors(tmp_path / name) for name in ("one", "two"))
     assert one.keys() == two.keys()
     assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+@pytest.mark.parametrize(("symmetric", "form"), [(True, "gptq"), (False, "gptq_v2")])
+def test_asymmetric_checkpoints_are_version_2(symmetric: bool, form: str, tmp_path: Path) -> None:
+    """GPTQModel refuses asymmetric v1 files of other makers; both forms must load to the same weights as dense."""
+    from tiny_models import tiny_model
+    from transformers import AutoModelForCausalLM
+
+    from ctp_cli.models.loading import load_model
+    from ctp_cli.models.resolve import resolve_model
+    from ctp_cli.recipe import CompressSection
+    from ctp_cli.stages.compress import compress
+
+    model = resolve_model(str(tiny_model("llama", tmp_path / "model")))
+    text = tmp_path / "text.txt"
+    text.write_text("words that the calibration reads, again and again, " * 60)
+    for kind in ("gptq", "dense"):
+        section = CompressSection(
+            bits=4, group_size=32, symmetric=symmetric, calibration=str(text), windows=4, seqlen=32, format=kind
+        )
+        compress(section, model=model, output=tmp_path / kind)
+    config = json.loads((tmp_path / "gptq" / "config.json").read_text())["quantization_config"]
+    assert config["checkpoint_format"] == form and config["sym"] == symmetric
+    ids = torch.randint(5, 300, (2, 16))
+    ours, plain = load_model(tmp_path / "gptq"), AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
+    torch.testing.assert_close(ours(ids).logits, plain(ids).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_files_are_readable_by_others(tmp_path: Path) -> None:
+    """A server that runs as another user reads them; safetensors alone makes them private."""
+    import os
+
+    from ctp_cli.checkpoints.writer import write_shard
+
+    mask = os.umask(0o022)
+    try:
+        write_shard(tmp_path / "a.safetensors", {"x": torch.zeros(2)})
+    finally:
+        os.umask(mask)
+    assert (tmp_path / "a.safetensors").stat().st_mode & 0o777 == 0o644

@@ -1,4 +1,4 @@
-"""One packed layer: written as GPTQ v1, read as v1 and v2, and refused where its parts do not go together."""
+"""One packed layer: written and read as GPTQ v1 and v2, and refused where its parts do not go together."""
 
 from pathlib import Path
 
@@ -23,12 +23,13 @@ def random_codes(bits: int, *, symmetric: bool, outputs: int = 32, inputs: int =
     )
 
 
-def parts_of(codes: Codes, bits: int) -> dict[str, torch.Tensor]:
-    return {name.removeprefix("layer."): tensor for name, tensor in pack_layer("layer", codes, bits).items()}
-
-
 def settings_for(bits: int, **other: int) -> GPTQSettings:
     return GPTQSettings(bits=bits, group_size=32, symmetric=False, desc_act=False, **other)
+
+
+def parts_of(codes: Codes, bits: int, *, zero_offset: int = 1) -> dict[str, torch.Tensor]:
+    packed = pack_layer("layer", codes, settings_for(bits, zero_offset=zero_offset))
+    return {name.removeprefix("layer."): tensor for name, tensor in packed.items()}
 
 
 def formula(parts: dict[str, torch.Tensor], bits: int, *, zero_offset: int) -> np.ndarray:
@@ -44,15 +45,16 @@ def formula(parts: dict[str, torch.Tensor], bits: int, *, zero_offset: int) -> n
     return parts["scales"].numpy().astype(np.float64)[g_idx] * (codes - zeros[g_idx])
 
 
+@pytest.mark.parametrize("zero_offset", [1, 0], ids=["v1", "v2"])
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_the_stored_bits_mean_the_weight_by_the_published_formula(bits: int, symmetric: bool) -> None:
+def test_the_stored_bits_mean_the_weight_by_the_published_formula(bits: int, symmetric: bool, zero_offset: int) -> None:
     codes = random_codes(bits, symmetric=symmetric)
-    parts = parts_of(codes, bits)
-    weight_IO = formula(parts, bits, zero_offset=1)
+    parts = parts_of(codes, bits, zero_offset=zero_offset)
+    weight_IO = formula(parts, bits, zero_offset=zero_offset)
     # one float32 product against a float64 one
     np.testing.assert_allclose(codes.values().numpy().T, weight_IO, rtol=1e-6)
-    back = unpack_layer("layer", parts, settings_for(bits))
+    back = unpack_layer("layer", parts, settings_for(bits, zero_offset=zero_offset))
     for name in ("codes_OI", "scales_OG", "zeros_OG", "g_idx_I"):
         assert torch.equal(getattr(back, name), getattr(codes, name)), name
 
