@@ -22,7 +22,7 @@ from ctp_cli.artifact import (
     refuse_existing,
     workspace,
 )
-from ctp_cli.errors import CtpError, InputError, OutputError, UnfinishedError
+from ctp_cli.errors import CtpError, InputError, UnfinishedError
 from ctp_cli.models.loading import decoder_embedding, load_model, load_tokenizer
 from ctp_cli.progress import SILENT, Progress
 from ctp_cli.prompts.file import Prompt, check_fits, fingerprint_embedding, fingerprint_tokenizer, load_prompt
@@ -60,9 +60,7 @@ def stitch(
     progress: Progress = SILENT,
 ) -> StitchReport:
     """Raises InputError for a prompt or checkpoint that does not fit; then nothing is kept."""
-    refuse_existing(output, force=force)
-    if output.resolve() == model_path.resolve():
-        raise OutputError(f"{output} is the model itself", hint="choose another name with -o")
+    refuse_existing(output, force=force, reads=model_path)
     prompt = load_prompt(prompt_path)
     if prompt.metadata.kind != "soft-prompt":
         raise InputError(f"{prompt_path}: a {prompt.metadata.kind} cannot be stitched", hint="learn a soft-prompt")

@@ -112,7 +112,7 @@ def test_too_few_positions_are_the_recipes_mistake(checkpoint, tmp_path):
 
 
 def test_an_output_is_not_overwritten_without_force(checkpoint, tmp_path):
-    (tmp_path / "out").mkdir()
+    _bench(checkpoint, tmp_path / "out")
     with pytest.raises(OutputError, match="exists"):
         _bench(checkpoint, tmp_path / "out")
     assert _bench(checkpoint, tmp_path / "out", force=True).output.joinpath("latency.json").exists()

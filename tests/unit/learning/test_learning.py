@@ -8,9 +8,11 @@ import pytest
 import torch
 from tiny_models import tiny_model
 
+from ctp_cli.data.sources import load_text
+from ctp_cli.data.windows import token_ids, windows
 from ctp_cli.errors import InputError, OutputError
 from ctp_cli.models.head import Scorer
-from ctp_cli.models.loading import load_model
+from ctp_cli.models.loading import load_model, load_tokenizer
 from ctp_cli.models.resolve import resolve_model
 from ctp_cli.progress import SilentProgress
 from ctp_cli.prompts.file import load_prompt
@@ -125,23 +127,25 @@ def test_other_settings_do_not_go_on_from_unfinished_work(compressed: Path, tmp_
         run(compressed, tmp_path / "p", seed=1)
 
 
-def test_a_prompt_helps_on_text_that_did_not_choose_it(trained: Path, compressed: Path, tmp_path: Path) -> None:
-    from ctp_cli.recipe import EvalSection
-    from ctp_cli.stages.eval import Target, evaluate
+def test_a_prompt_helps_on_text_that_did_not_choose_it(trained: Path, tmp_path: Path) -> None:
+    """At 75% + 3 bit, where even so small a model has lost a lot (18.0 from 11.2 when this was written)."""
+    from ctp_cli.evaluation.perplexity import compare, perplexity
+    from ctp_cli.recipe import CompressSection
+    from ctp_cli.stages.compress import compress
 
-    report = run(compressed, tmp_path / "p", steps=60, validate_every=20)
-    assert report.best_perplexity < report.start_perplexity
-    assert load_prompt(report.prompt_file).embeddings.dtype == torch.float32
-    small = resolve_model(str(compressed))
-    targets = [
-        Target("full", resolve_model(str(trained))),
-        Target("compressed", small),
-        Target("prompted", small, report.prompt_file),
-    ]
-    scores = evaluate(EvalSection(ppl=("pydoc:test",), seqlen=128, windows=64), targets=targets)
-    full, pruned, prompted = (scores.value(name, "pydoc:test")[0] for name in ("full", "compressed", "prompted"))
-    assert pruned > 1.005 * full  # 50% + 4 bit hurts
-    assert prompted < pruned  # the prompt wins back
+    section = CompressSection(sparsity=0.75, bits=3, calibration="pydoc:train", windows=16, seqlen=128)
+    compress(section, model=resolve_model(str(trained)), output=tmp_path / "small")
+    report = run(tmp_path / "small", tmp_path / "p", steps=80, batch_size=8, seqlen=64, validate_every=20)
+    prompt = load_prompt(report.prompt_file).embeddings
+    assert prompt.dtype == torch.float32 and report.best_perplexity < report.start_perplexity
+    text = load_text("pydoc:test", default_part="test")
+    ids = windows(token_ids(text, load_tokenizer(trained)), 64, most=128, text=text)
+    small = load_model(tmp_path / "small")
+    full, pruned = perplexity(load_model(trained), ids), perplexity(small, ids)
+    prompted = perplexity(small, ids, prompt_PD=prompt)
+    assert pruned.value() > 1.3 * full.value()
+    difference = compare(pruned, prompted)
+    assert difference.measurable and difference.mean < 0
 
 
 def test_the_selection_text_must_be_another(compressed: Path, tmp_path: Path) -> None:

@@ -158,6 +158,6 @@ def test_nothing_is_overwritten_without_force(made):
 
 def test_the_model_itself_is_never_the_output(made):
     before = sorted((made / "base").iterdir())
-    with pytest.raises(OutputError, match="the model itself"):
+    with pytest.raises(OutputError, match="is what is to be read"):
         _stitch(made, output="base", force=True)
     assert sorted((made / "base").iterdir()) == before
