@@ -8,7 +8,7 @@ import typer
 
 from ctp_cli import __version__
 from ctp_cli.commands import bench, compress, eval, learn, run, stitch
-from ctp_cli.commands.common import DEBUG_VARIABLE
+from ctp_cli.commands.common import DEBUG_VARIABLE, INTERRUPTED
 from ctp_cli.console import Console
 
 app = typer.Typer(
@@ -51,4 +51,7 @@ app.command("run")(run.run)
 
 def main() -> None:
     """Entry point of the `ctp` executable."""
-    app()
+    try:
+        app()
+    except KeyboardInterrupt:  # before a command began or after it ended
+        raise SystemExit(INTERRUPTED) from None

@@ -48,9 +48,13 @@ def load_config(path: Path) -> Any:
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     """The tokenizer saved beside a model. Raises InputError if it is missing or damaged."""
     try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except _LOAD_FAILURES as error:
         raise InputError(f"{path}: the tokenizer cannot be loaded ({_first_line(error)})") from None
+    for circumstance in ("local_files_only", "is_local"):
+        # how it was loaded this time; it would be saved with the tokenizer and make equal checkpoints differ
+        tokenizer.init_kwargs.pop(circumstance, None)
+    return tokenizer
 
 
 def load_model(path: Path, *, dtype: torch.dtype | None = None, device: str = "cpu") -> PreTrainedModel:
