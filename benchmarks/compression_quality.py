@@ -19,7 +19,7 @@ from ctp_cli.models.resolve import resolve_model
 from ctp_cli.recipe import EvalSection
 from ctp_cli.stages.eval import Target, evaluate
 
-_PLAIN = ["--act-order", "none", "--no-true-sequential", "--no-mse-clip", "--asymmetric"]
+_PLAIN = ["--target", "layer", "--act-order", "none", "--no-true-sequential", "--no-mse-clip", "--asymmetric"]
 # name -> (options of `ctp compress`, the reference's (WikiText-2, PTB, C4), 0 where not measured)
 CASES: dict[str, tuple[list[str], tuple[float, float, float]]] = {
     "50%, reference settings": (["--sparsity", "0.5", *_PLAIN], (38.93, 86.53, 0)),

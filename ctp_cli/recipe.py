@@ -83,6 +83,8 @@ class CompressSection(Section):
     """Columns with larger inputs first: freely (desc_act), or group by group so that groups stay contiguous."""
     true_sequential: bool = True
     """Within a block, each layer sees the outputs of the layers before it already compressed."""
+    target: Literal["full", "layer"] = "layer"
+    """What new weights reproduce: the full model's outputs in their place, or their own old ones (GPTQ, SparseGPT)."""
     dampening: Annotated[float, Field(gt=0, lt=1)] = 0.01
     """Added to the Hessian's diagonal; a share of its mean (percdamp in GPTQ)."""
     pruner: Literal["sparsegpt", "wanda", "magnitude"] = "sparsegpt"
@@ -103,6 +105,8 @@ class CompressSection(Section):
             raise ValueError("nothing to do: give sparsity, bits or both")
         if self.format == "gptq" and self.bits is None:
             raise ValueError("format gptq stores quantized weights: give bits, or format dense")
+        if self.target == "full" and not self.true_sequential:
+            raise ValueError("target full needs true_sequential, or layers would share an error: use target layer")
         if self.act_order == "column" and isinstance(self.sparsity, str):
             raise ValueError("act_order column tears n:m blocks apart: use group or none")
         return self

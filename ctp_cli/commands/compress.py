@@ -33,6 +33,10 @@ def compress(
     true_sequential: Annotated[
         bool | None, typer.Option(help="Layers see compressed predecessors.", rich_help_panel=HOW)
     ] = None,
+    target: Annotated[
+        str | None,
+        typer.Option(help="full: aim at the full model's outputs; layer: at the layer's own.", rich_help_panel=HOW),
+    ] = None,
     dampening: Annotated[float | None, typer.Option(help="Share of mean diag(H).", rich_help_panel=HOW)] = None,
     pruner: Annotated[str | None, typer.Option(help="sparsegpt, wanda or magnitude.", rich_help_panel=HOW)] = None,
     quantizer: Annotated[str | None, typer.Option(help="gptq or rtn.", rich_help_panel=HOW)] = None,
@@ -67,6 +71,7 @@ def compress(
             "mse_clip": mse_clip,
             "act_order": act_order,
             "true_sequential": true_sequential,
+            "target": target,
             "dampening": dampening,
             "pruner": pruner,
             "quantizer": quantizer,
@@ -83,14 +88,14 @@ def compress(
         console.note(f"no MODEL given: taking the embedded default, {EMBEDDED}")
     progress = console.progress()
     resolved = resolve_model(model or EMBEDDED, progress)
-    target = output or Path(stage.output_name(resolved, section))
+    path = output or Path(stage.output_name(resolved, section))
     if dry_run:
-        plan = stage.dry_run(section, model=resolved, output=target, force=force)
+        plan = stage.dry_run(section, model=resolved, output=path, force=force)
         console.document("compress-plan", plan)
         console.table("would compress", ("", ""), [(key, str(value)) for key, value in plan.items()])
         return
     report = stage.compress(
-        section, model=resolved, output=target, device=resolve_device(device), force=force, progress=progress
+        section, model=resolved, output=path, device=resolve_device(device), force=force, progress=progress
     )
     for note in report.notes:
         console.note(f"note: {note}")

@@ -1,7 +1,12 @@
-"""Compress a model block by block, each with the inputs that the blocks before it, already compressed, produce."""
+"""Compress a model block by block, each with the inputs that the blocks before it, already compressed, produce.
 
+T=tokens D=hidden width I=in_features O=out_features
+"""
+
+import contextlib
+import functools
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,13 +14,17 @@ from torch import Tensor
 
 from ctp_cli.compression.hessian import Hessian
 from ctp_cli.compression.solver import Solution, SolverRule, solve
+from ctp_cli.compression.targets import Mismatch
 from ctp_cli.errors import SolverError
-from ctp_cli.models.blocks import Block, LinearLayer, SuspendedRun, WalkState, advance, visit_inputs
+from ctp_cli.models.blocks import Block, LinearLayer, SuspendedRun, WalkState, advance, flatten
 
 
 @dataclass(frozen=True)
 class LayerResult:
-    """What became of one layer. `relative_error` is |X (W - W')|^2 / |X W|^2 on the calibration inputs."""
+    """What became of one layer. `relative_error` is |X (W - W')|^2 / |X W|^2 on the calibration inputs.
+
+    W are the weights handed to the solver: the old ones, or those corrected towards the full model's outputs.
+    """
 
     layer: LinearLayer
     solution: Solution
@@ -24,57 +33,126 @@ class LayerResult:
     solve_seconds: float
 
 
+@dataclass(frozen=True)
+class FullBlock:
+    """A copy of the block from before its compression, on the hidden states that the full model has there."""
+
+    block: Block
+    state: WalkState
+    writers: Sequence[str]
+    """Names of the layers whose outputs are added to the residual stream (`residual_writers`)."""
+
+
+@dataclass
+class _Moments:
+    hessian: Hessian
+    mismatch: Mismatch | None
+
+
+@torch.no_grad()
 def compress_block(
-    block: Block, state: WalkState, rule: SolverRule, sets: Sequence[Sequence[LinearLayer]], *, true_sequential: bool
+    block: Block,
+    state: WalkState,
+    rule: SolverRule,
+    sets: Sequence[Sequence[LinearLayer]],
+    *,
+    true_sequential: bool,
+    full: FullBlock | None = None,
 ) -> list[LayerResult]:
     """Compress every layer of a block in place and replace the hidden states by the compressed block's outputs.
 
     `sets` are the layers fed by the same tensor (`shared_inputs`): they share one Hessian and are solved together. With
-    `true_sequential` each set sees inputs made by the sets before it in their compressed form.
+    `true_sequential` each set sees inputs made by the sets before it in their compressed form. With `full`, which needs
+    it, the layers aim at the full model's outputs instead of their own, and its hidden states move on as well.
     Raises: SolverError, naming the layer, where its equations cannot be solved or its inputs are not finite.
     """
     if not rule.needs_hessian:
         results = [result for layers in sets for result in _solve_set(layers, None, rule)]
         advance(block, state)
         return results
-    if true_sequential:
-        return _in_sequence(block, state, rule, sets)
-    hessians = {layers[0].name: _empty_hessian(layers[0]) for layers in sets}
-    visit_inputs(block, [layers[0] for layers in sets], state, lambda layer, x_TI: hessians[layer.name].add(x_TI))
-    results = [result for layers in sets for result in _solve_set(layers, hessians[layers[0].name], rule)]
-    advance(block, state)
-    return results
-
-
-@torch.no_grad()
-def _in_sequence(
-    block: Block, state: WalkState, rule: SolverRule, sets: Sequence[Sequence[LinearLayer]]
-) -> list[LayerResult]:
-    results = []
-    run = SuspendedRun(block, [layers[0] for layers in sets], state)
-    try:
+    results, waiting = [], []
+    with _calibration(block, state, sets, full) as calibration:
         for layers in sets:
-            hessian = _empty_hessian(layers[0])
-            for x_TI in run.inputs(layers[0]):
-                hessian.add(x_TI)
-            results += _solve_set(layers, hessian, rule)
-        run.finish()
-    finally:
-        run.close()
+            moments = calibration.moments(layers)
+            if true_sequential:
+                results += _solve_set(layers, moments, rule)
+            else:
+                waiting.append((layers, moments))
+        calibration.finish(with_outputs=true_sequential)
+    if waiting:
+        results = [result for layers, moments in waiting for result in _solve_set(layers, moments, rule)]
+        advance(block, state)
     return results
 
 
-def _empty_hessian(layer: LinearLayer) -> Hessian:
-    return Hessian.zeros(layer.weight_OI.shape[1], device=layer.weight_OI.device)
+@contextlib.contextmanager
+def _calibration(
+    block: Block, state: WalkState, sets: Sequence[Sequence[LinearLayer]], full: FullBlock | None
+) -> Iterator["_Calibration"]:
+    stops = {layers[0].name for layers in sets}
+    with contextlib.ExitStack() as stack:
+        run = stack.enter_context(SuspendedRun(block, stops, state))
+        if full is None:
+            yield _Calibration(run, None, (), [])
+            return
+        full_run = stack.enter_context(SuspendedRun(full.block, stops, full.state))
+        gaps = [
+            flatten(theirs, keep).float() - flatten(ours, keep).float()
+            for ours, theirs, keep in zip(state.hidden_BTD, full.state.hidden_BTD, state.keep_BT, strict=True)
+        ]
+        for members, of_run, sign in ((block, run, -1), (full.block, full_run, 1)):
+            add = functools.partial(_add_to_gap, gaps, sign)
+            for layer in members.layers:
+                if layer.name in full.writers:
+                    stack.enter_context(of_run.watching(layer, add))
+        yield _Calibration(run, full_run, full.writers, gaps)
 
 
-def _solve_set(layers: Sequence[LinearLayer], hessian: Hessian | None, rule: SolverRule) -> list[LayerResult]:
+def _add_to_gap(gaps_TD: list[Tensor], sign: int, batch: int, y_TD: Tensor) -> None:
+    gaps_TD[batch].add_(y_TD, alpha=sign)
+
+
+@dataclass
+class _Calibration:
+    """The block's run, the full model's beside it, and what the residual stream lacks so far, for every batch."""
+
+    run: SuspendedRun
+    full_run: SuspendedRun | None
+    writers: Sequence[str]
+    gaps_TD: list[Tensor]
+
+    def moments(self, layers: Sequence[LinearLayer]) -> _Moments:
+        O, I = layers[0].weight_OI.shape
+        device = layers[0].weight_OI.device
+        hessian = Hessian.zeros(I, device=device)
+        if self.full_run is None:
+            for _, x_TI in self.run.inputs(layers[0]):
+                hessian.add(x_TI)
+            return _Moments(hessian, None)
+        writes = layers[0].name in self.writers
+        mismatch = Mismatch.zeros(I, O if writes else None, device)
+        pairs = zip(self.run.inputs(layers[0]), self.full_run.inputs(layers[0]), strict=True)
+        for (batch, x_TI), (_, x_full_TI) in pairs:
+            hessian.add(x_TI)
+            mismatch.add(x_full_TI, x_TI, self.gaps_TD[batch] if writes else None)
+        return _Moments(hessian, mismatch)
+
+    def finish(self, *, with_outputs: bool) -> None:
+        if with_outputs:
+            self.run.finish()
+        if self.full_run is not None:
+            self.full_run.finish()
+
+
+def _solve_set(layers: Sequence[LinearLayer], moments: _Moments | None, rule: SolverRule) -> list[LayerResult]:
     started = time.perf_counter()
     before = [layer.weight_OI.float() for layer in layers]
     for layer, weight_OI in zip(layers, before, strict=True):
         if not torch.isfinite(weight_OI).all():
             raise SolverError(f"{layer.name}: its weights hold NaN or infinity", hint="is the checkpoint damaged?")
-    H_II = None if hessian is None else hessian.mean()
+    H_II = None if moments is None else moments.hessian.mean()
+    if moments is not None and moments.mismatch is not None and H_II is not None:
+        before = moments.mismatch.corrected(before, H_II, dampening=rule.dampening, layer=layers[0].name)
     solutions = solve(before, H_II, rule, layer=layers[0].name)
     seconds = (time.perf_counter() - started) / len(layers)
     results = []
@@ -82,7 +160,7 @@ def _solve_set(layers: Sequence[LinearLayer], hessian: Hessian | None, rule: Sol
         # before set_weight: of a float32 layer, weight_OI is a view of the weight itself
         error = None if H_II is None else _relative_error(weight_OI, solution.weight_OI, H_II)
         layer.set_weight(solution.weight_OI)
-        results.append(LayerResult(layer, solution, hessian.tokens if hessian else 0, error, seconds))
+        results.append(LayerResult(layer, solution, moments.hessian.tokens if moments else 0, error, seconds))
     return results
 
 

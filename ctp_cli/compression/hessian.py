@@ -44,7 +44,7 @@ class Hessian:
         self.tokens += x_TI.shape[0]
         exact_bf16 = x_TI.dtype == torch.bfloat16
         x_TI = x_TI.float()
-        with _bf16_products(exact_bf16):
+        with bf16_products(exact_bf16):
             for start in range(0, width, _STRIP):  # H is symmetric: strips of the upper triangle are enough
                 stop = min(start + _STRIP, width)
                 self.H_II[start:stop, start:].addmm_(x_TI[:, start:stop].T, x_TI[:, start:])
@@ -58,7 +58,7 @@ class Hessian:
 
 
 @contextlib.contextmanager
-def _bf16_products(allowed: bool) -> Iterator[None]:
+def bf16_products(allowed: bool) -> Iterator[None]:
     """Let float32 matmuls multiply in bfloat16 and sum in float32: exact for operands that came from bfloat16."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium" if allowed else before)

@@ -42,6 +42,12 @@ class SolverRule:
         prunes = self.mask is not None and self.pruner != "magnitude"
         return prunes or (self.grid is not None and self.quantizer == "gptq")
 
+    @property
+    def feeds_back(self) -> bool:
+        """Whether later inputs make up for the error of earlier ones."""
+        prunes = self.mask is not None and self.pruner == "sparsegpt"
+        return prunes or (self.grid is not None and self.quantizer == "gptq")
+
 
 @dataclass(frozen=True)
 class Codes:
@@ -83,7 +89,7 @@ def solve(weights_OI: list[Tensor], H_II: Tensor | None, rule: SolverRule, *, la
     """
     W_IO = torch.cat([w.float() for w in weights_OI]).T.contiguous()
     spans = _spans([w.shape[0] for w in weights_OI])
-    feedback = _feeds_back(rule)
+    feedback = rule.feeds_back
     order_I = _order(H_II, rule, W_IO.shape[0])
     W_IO = W_IO[order_I]
     U_II, dampening = None, None
@@ -109,11 +115,6 @@ class _Swept:
     grids: list[Grid]
 
 
-def _feeds_back(rule: SolverRule) -> bool:
-    prunes = rule.mask is not None and rule.pruner == "sparsegpt"
-    return prunes or (rule.grid is not None and rule.quantizer == "gptq")
-
-
 def _spans(sizes: list[int]) -> list[slice]:
     ends = torch.tensor(sizes).cumsum(0).tolist()
     return [slice(end - size, end) for end, size in zip(ends, sizes, strict=True)]
@@ -127,7 +128,7 @@ def block_size(mask: MaskRule | None, grid: GridRule | None, in_features: int) -
 
 def _order(H_II: Tensor | None, rule: SolverRule, in_features: int) -> Tensor:
     """The order in which inputs are taken: those with the largest second moment first."""
-    if H_II is None or rule.act_order == "none" or not _feeds_back(rule):
+    if H_II is None or rule.act_order == "none" or not rule.feeds_back:
         return torch.arange(in_features)
     energy_I = torch.diagonal(H_II)
     if rule.act_order == "column":

@@ -4,7 +4,9 @@ Nothing here knows a model family. Blocks are the ModuleList with as many member
 layers; a block's linear layers, their order of execution and which of them share an input are found by running it.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import contextlib
+import copy
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,6 +77,14 @@ def find_blocks(model: PreTrainedModel) -> list[Block]:
         _refuse_other_matrices(type(model).__name__, name, module, layers)
         blocks.append(Block(index, name, module, layers))
     return blocks
+
+
+def copy_of(block: Block) -> Block:
+    """The block as it is now, with weights of its own."""
+    module = copy.deepcopy(block.module)
+    modules = dict(module.named_modules())
+    layers = tuple(LinearLayer(x.name, modules[x.name.removeprefix(f"{block.name}.")]) for x in block.layers)
+    return Block(block.index, block.name, module, layers)
 
 
 def _linears(block: nn.Module) -> dict[str, nn.Module]:
@@ -153,25 +163,6 @@ def start_walk(
     return state
 
 
-@torch.no_grad()
-def visit_inputs(
-    block: Block, layers: Sequence[LinearLayer], state: WalkState, visit: Callable[[LinearLayer, Tensor], None]
-) -> None:
-    """Run the block as it stands on every batch and hand each of `layers` its inputs (T, I), padding left out."""
-    for batch, x_BTD in enumerate(state.hidden_BTD):
-        hooks = [
-            layer.module.register_forward_pre_hook(
-                lambda _m, inputs, layer=layer, batch=batch: visit(layer, _flatten(inputs[0], state.keep_BT[batch]))
-            )
-            for layer in layers
-        ]
-        try:
-            state.calls[block.index][batch].run(block.module, x_BTD)
-        finally:
-            for hook in hooks:
-                hook.remove()
-
-
 class SuspendedRun:
     """One run of a block over all batches that stops at chosen layers, so that their weights can be changed midway.
 
@@ -182,13 +173,16 @@ class SuspendedRun:
     Greenlets share one thread, so grad mode and the like are the caller's: use it under torch.no_grad.
     """
 
-    def __init__(self, block: Block, stops: Sequence[LinearLayer], state: WalkState) -> None:
+    def __init__(self, block: Block, stops: Collection[str], state: WalkState) -> None:
+        """`stops` are names of layers."""
         self._state, self._block = state, block
         self._runs = [greenlet(self._forward) for _ in state.hidden_BTD]
         self._waiting: list[tuple[str, Tensor] | None] = [None] * len(self._runs)
+        self._running = 0
         self._hooks = [
-            stop.module.register_forward_pre_hook(lambda _m, inputs, name=stop.name: self._stop(name, inputs[0]))
-            for stop in stops
+            layer.module.register_forward_pre_hook(lambda _m, inputs, name=layer.name: self._stop(name, inputs[0]))
+            for layer in block.layers
+            if layer.name in stops
         ]
 
     def _forward(self, batch: int) -> None:
@@ -203,10 +197,11 @@ class SuspendedRun:
     def _go_on(self, batch: int) -> None:
         run = self._runs[batch]
         if not run.dead:
+            self._running = batch
             self._waiting[batch] = run.switch(batch)
 
-    def inputs(self, layer: LinearLayer) -> Iterator[Tensor]:
-        """Bring every batch in front of `layer`; yield its inputs (T, I), padding left out.
+    def inputs(self, layer: LinearLayer) -> Iterator[tuple[int, Tensor]]:
+        """Bring every batch in front of `layer`; yield its number and its inputs (T, I), padding left out.
 
         A layer that a batch does not reach yields nothing for it.
         """
@@ -216,16 +211,31 @@ class SuspendedRun:
             waiting = self._waiting[batch]
             if waiting is not None and waiting[0] == layer.name:
                 self._waiting[batch] = None
-                yield _flatten(waiting[1], keep_BT)
+                yield batch, flatten(waiting[1], keep_BT)
+
+    @contextlib.contextmanager
+    def watching(self, layer: LinearLayer, see: Callable[[int, Tensor], object]) -> Iterator[None]:
+        """Call `see` with the number of the batch and the outputs (T, O) of `layer`, padding left out."""
+
+        def hook(_module: nn.Module, _inputs: object, y: Tensor) -> None:
+            see(self._running, flatten(y, self._state.keep_BT[self._running]))
+
+        handle = layer.module.register_forward_hook(hook)
+        try:
+            yield
+        finally:
+            handle.remove()
 
     def finish(self) -> None:
         """Let every batch run to its end; the hidden states are then the block's outputs."""
         for batch, run in enumerate(self._runs):
             while not run.dead:
                 self._go_on(batch)
-        self.close()
 
-    def close(self) -> None:
+    def __enter__(self) -> "SuspendedRun":
+        return self
+
+    def __exit__(self, *_: object) -> None:
         """Remove the hooks and drop batches that did not finish."""
         for hook in self._hooks:
             hook.remove()
@@ -234,7 +244,8 @@ class SuspendedRun:
                 run.throw()
 
 
-def _flatten(x: Tensor, keep_BT: Tensor | None) -> Tensor:
+def flatten(x: Tensor, keep_BT: Tensor | None) -> Tensor:
+    """(B, T, I) or (B*T, I) -> (tokens, I) without padding."""
     # some families flatten tokens before their layers
     flat_TI = x.reshape(-1, x.shape[-1])
     if keep_BT is None or keep_BT.all():
@@ -275,3 +286,26 @@ def shared_inputs(block: Block, state: WalkState) -> list[list[LinearLayer]]:
             hook.remove()
     reached = {layer.name for _, members in order for layer in members}
     return [members for _, members in order] + [[layer] for layer in block.layers if layer.name not in reached]
+
+
+@torch.no_grad()
+def residual_writers(block: Block, state: WalkState, sets: Sequence[Sequence[LinearLayer]]) -> list[LinearLayer]:
+    """The layers whose outputs the block adds to its hidden states, if it does nothing else to them.
+
+    In most families the block's output is its input plus the outputs of attention's and the MLP's last layers, which
+    is found by running it: equal but for rounding. Where norms or factors come between (OPT-350m, Gemma 2), the list is
+    empty.
+    """
+    x_BTD = state.hidden_BTD[0]
+    candidates = [layers[0] for layers in sets if len(layers) == 1 and layers[0].weight_OI.shape[0] == x_BTD.shape[-1]]
+    written: list[Tensor] = []
+    hooks = [layer.module.register_forward_hook(lambda _m, _inputs, y: written.append(y)) for layer in candidates]
+    try:
+        out_BTD = state.calls[block.index][0].run(block.module, x_BTD)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    parts = [x_BTD.float(), *(y.float().view_as(x_BTD) for y in written)]
+    rounding = torch.finfo(x_BTD.dtype).eps * len(parts) * torch.stack([part.abs() for part in parts]).sum(0)
+    adds_up = (out_BTD.float() - torch.stack(parts).sum(0)).abs() <= rounding
+    return candidates if bool(adds_up.all()) else []

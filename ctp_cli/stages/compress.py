@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from ctp_cli.artifact import Workspace, folder_fingerprint, manifest_of, refuse_existing, workspace
 from ctp_cli.checkpoints import gptq, writer
-from ctp_cli.compression.blockwise import LayerResult, compress_block
+from ctp_cli.compression.blockwise import FullBlock, LayerResult, compress_block
 from ctp_cli.compression.grid import GridRule
 from ctp_cli.compression.masks import MaskRule
 from ctp_cli.compression.solver import SolverRule
@@ -21,7 +21,17 @@ from ctp_cli.data.windows import token_ids, windows
 from ctp_cli.errors import InputError, RecipeError, SolverError
 from ctp_cli.files import read_json, write_json
 from ctp_cli.models import embedded
-from ctp_cli.models.blocks import Block, LinearLayer, WalkState, advance, find_blocks, shared_inputs, start_walk
+from ctp_cli.models.blocks import (
+    Block,
+    LinearLayer,
+    WalkState,
+    advance,
+    copy_of,
+    find_blocks,
+    residual_writers,
+    shared_inputs,
+    start_walk,
+)
 from ctp_cli.models.loading import load_config, load_model, load_tokenizer
 from ctp_cli.models.resolve import ResolvedModel
 from ctp_cli.progress import SILENT, Progress
@@ -148,8 +158,12 @@ def dry_run(section: CompressSection, *, model: ResolvedModel, output: Path, for
     tokens = count * section.seqlen
     # the model, the widest layer's Hessian and its factors, hidden states before and after a block
     memory_bytes = parameters * bits / 8 + 16 * widest**2 + tokens * config.hidden_size * bits / 4
-    # a forward pass for the inputs of each set of layers (four in most families) and one for the outputs
-    operations = 2 * linear * tokens * (5 if section.true_sequential else 2)
+    # one forward pass and about as much for the Hessians; twice with the full model beside
+    passes = (1 if section.true_sequential else 2) + 1
+    if section.target == "full" and job.rule.feeds_back:
+        memory_bytes += tokens * config.hidden_size * (bits / 4 + 4)
+        passes *= 2
+    operations = 2 * linear * tokens * passes
     return {
         "model": str(model.path),
         "calibration": f"{calibration.source}, {count} windows of {section.seqlen} tokens",
@@ -293,16 +307,30 @@ class _Run:
         self.progress.start("compress", len(self.blocks))
         report: list[dict[str, Any]] = []
         sets = _SharedInputs(state)
+        aims_at_full = self.job.section.target == "full" and self.job.rule.feeds_back
+        full_state = replace(state, hidden_BTD=list(state.hidden_BTD)) if aims_at_full else None
         for block in self.blocks:
+            full_block = None if full_state is None else copy_of(block)
             shard = self.space.path / names.block(block.index)
             record = shard.with_suffix(".layers")
             if shard.exists() and record.exists():
                 writer.restore_block(block, shard, settings=self.job.settings)
                 advance(block, state)
+                if full_block is not None and full_state is not None:
+                    advance(full_block, full_state)
                 rows = read_json(record)["layers"]
             else:
+                full = None
+                if full_block is not None and full_state is not None:
+                    writers = residual_writers(full_block, full_state, sets.of(full_block))
+                    full = FullBlock(full_block, full_state, [layer.name for layer in writers])
                 results = compress_block(
-                    block, state, self.job.rule, sets.of(block), true_sequential=self.job.section.true_sequential
+                    block,
+                    state,
+                    self.job.rule,
+                    sets.of(block),
+                    true_sequential=self.job.section.true_sequential,
+                    full=full,
                 )
                 _refuse_nan(block, state.hidden_BTD)
                 rows = [_layer_row(result) for result in results]

@@ -38,7 +38,7 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
         {"bits": 8, "symmetric": False, "group_size": "row"},
         {"bits": 4, "act_order": "column", "symmetric": False},
         {"bits": 4, "sparsity": None, "quantizer": "rtn"},
-        {"bits": 4, "pruner": "wanda", "act_order": "none", "true_sequential": False},
+        {"bits": 4, "pruner": "wanda", "act_order": "none", "true_sequential": False, "target": "layer"},
     ],
     ids=lambda settings: "-".join(f"{key}={value}" for key, value in settings.items()),
 )

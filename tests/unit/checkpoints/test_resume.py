@@ -65,8 +65,13 @@ def solved(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 @pytest.mark.parametrize("done", [0, 1, 2, 3])
 @pytest.mark.parametrize(
     "settings",
-    [{"format": "gptq"}, {"format": "gptq", "symmetric": False, "bits": 3, "act_order": "column"}, {"format": "dense"}],
-    ids=["gptq", "gptq-asymmetric-3-bit-column", "dense"],
+    [
+        {"format": "gptq"},
+        {"format": "gptq", "symmetric": False, "bits": 3, "act_order": "column"},
+        {"format": "dense"},
+        {"target": "full"},
+    ],
+    ids=["gptq", "gptq-asymmetric-3-bit-column", "dense", "aiming-at-full"],
 )
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
     model: Path, text: Path, tmp_path: Path, done: int, settings: dict[str, object], solved: list[int]

@@ -10,7 +10,16 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ctp_cli.compression.hessian import Hessian
-from ctp_cli.models.blocks import Block, WalkState, advance, find_blocks, shared_inputs, start_walk, visit_inputs
+from ctp_cli.models.blocks import (
+    Block,
+    SuspendedRun,
+    WalkState,
+    advance,
+    find_blocks,
+    residual_writers,
+    shared_inputs,
+    start_walk,
+)
 
 _SWIGLU = [{"q_proj", "k_proj", "v_proj"}, {"o_proj"}, {"gate_proj", "up_proj"}, {"down_proj"}]
 _FUSED = [{"query_key_value"}, {"dense"}, {"dense_h_to_4h"}, {"dense_4h_to_h"}]
@@ -37,6 +46,8 @@ EXTRA = {
     "gemma3": {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]},
     "mistral": {"sliding_window": 4},
 }
+# norms between the layers' outputs and the residual stream, or after the addition
+NO_PLAIN_RESIDUAL = {"gemma3", "opt350"}
 CASES = [*((family, {}) for family in FAMILIES), *EXTRA.items()]
 
 
@@ -94,12 +105,26 @@ def test_blocks_hold_every_linear_layer_of_the_decoder(family: str, model: PreTr
     assert linears - names == outside
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_layers_that_write_to_the_residual_stream_are_found(
+    family: str, model: PreTrainedModel, dtype: torch.dtype
+) -> None:
+    """In every family the attention's and the MLP's last layers, read in the modelling files."""
+    blocks = find_blocks(model.to(dtype))
+    state = begin(model, blocks, batches("right"))
+    sets = shared_inputs(blocks[0], state)
+    found = residual_writers(blocks[0], state, sets)
+    single = [layers[0] for layers in sets if len(layers) == 1 and "h_to_4h" not in layers[0].name]
+    last = [layer for layer in single if not short(layer.name, set()).endswith(("fc1", "c_fc", "c_attn", "value"))]
+    assert [layer.name for layer in found] == ([] if family in NO_PLAIN_RESIDUAL else [layer.name for layer in last])
+    assert len(last) == 2
+
+
 def test_weights_are_seen_as_outputs_by_inputs(model: PreTrainedModel) -> None:
     state = begin(model, (blocks := find_blocks(model)), batches("none"))
     for layer in blocks[0].layers:
-        inputs: list[torch.Tensor] = []
-        visit_inputs(blocks[0], [layer], state, lambda _layer, x_TI, inputs=inputs: inputs.append(x_TI))
-        x = torch.cat(inputs)
+        with torch.no_grad(), SuspendedRun(blocks[0], {layer.name}, state) as run:
+            x = torch.cat([x_TI for _, x_TI in run.inputs(layer)])
         with torch.no_grad():
             expected = layer.module(x)
             bias = layer.module.bias
@@ -192,6 +217,9 @@ def hessians(model: PreTrainedModel, data: list[tuple[torch.Tensor, torch.Tensor
         for layer in block.layers
     }
     for block in blocks:
-        visit_inputs(block, block.layers, state, lambda layer, x_TI: found[layer.name].add(x_TI))
+        for layer in block.layers:
+            with torch.no_grad(), SuspendedRun(block, {layer.name}, state) as run:
+                for _, x_TI in run.inputs(layer):
+                    found[layer.name].add(x_TI)
         advance(block, state)
     return found
