@@ -85,6 +85,9 @@ class CompressSection(Section):
     """Within a block, each layer sees the outputs of the layers before it already compressed."""
     target: Literal["full", "layer"] = "layer"
     """What new weights reproduce: the full model's outputs in their place, or their own old ones (GPTQ, SparseGPT)."""
+    tune_windows: Annotated[int, Field(ge=0)] = 0
+    """Windows on which scales, norms and biases then learn to predict what the full model does. 0: no tuning."""
+    tune_learning_rate: Annotated[float, Field(gt=0)] = 3e-3
     dampening: Annotated[float, Field(gt=0, lt=1)] = 0.01
     """Added to the Hessian's diagonal; a share of its mean (percdamp in GPTQ)."""
     pruner: Literal["sparsegpt", "wanda", "magnitude"] = "sparsegpt"
@@ -107,6 +110,8 @@ class CompressSection(Section):
             raise ValueError("format gptq stores quantized weights: give bits, or format dense")
         if self.target == "full" and not self.true_sequential:
             raise ValueError("target full needs true_sequential, or layers would share an error: use target layer")
+        if self.act_order == "column" and self.tune_windows:
+            raise ValueError("tuning scales needs groups of neighbouring inputs: use act_order group or none")
         if self.act_order == "column" and isinstance(self.sparsity, str):
             raise ValueError("act_order column tears n:m blocks apart: use group or none")
         return self

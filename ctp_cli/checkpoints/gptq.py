@@ -19,7 +19,7 @@ from torch import Tensor
 from ctp_cli.compression.solver import Codes
 from ctp_cli.errors import InputError
 
-_PARTS = ("qweight", "qzeros", "scales", "g_idx")
+PARTS = ("qweight", "qzeros", "scales", "g_idx")
 
 
 @dataclass(frozen=True)
@@ -101,9 +101,9 @@ def pack_layer(name: str, codes: Codes, settings: GPTQSettings) -> dict[str, Ten
 def unpack_layer(name: str, parts: dict[str, Tensor], settings: GPTQSettings) -> Codes:
     """The codes of one layer. Raises InputError if the parts do not go together."""
     bits = settings.bits
-    if missing := [part for part in _PARTS[:3] if part not in parts]:
+    if missing := [part for part in PARTS[:3] if part not in parts]:
         raise InputError(f"{name}: {', '.join(missing)} missing from the gptq checkpoint")
-    qweight, qzeros, scales = (parts[part] for part in _PARTS[:3])
+    qweight, qzeros, scales = (parts[part] for part in PARTS[:3])
     in_features = qweight.shape[0] * 32 // bits if qweight.dim() else 0
     g_idx_I = parts.get("g_idx")
     if g_idx_I is None:
@@ -141,9 +141,9 @@ def read_dense_state(
     packed: dict[str, dict[str, Tensor]] = {}
     for name, tensor in _tensors(path):
         layer, _, part = name.rpartition(".")
-        if part in _PARTS:
+        if part in PARTS:
             packed.setdefault(layer, {})[part] = tensor
-            if len(packed[layer]) == len(_PARTS):
+            if len(packed[layer]) == len(PARTS):
                 state[f"{layer}.weight"] = _dense(layer, packed.pop(layer), settings, dtype, layer in transposed)
         else:
             state[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor

@@ -59,10 +59,24 @@ def restore_block(block: Block, path: Path, *, settings: gptq.GPTQSettings | Non
             if settings is None:
                 layer.parameter.data.copy_(handle.get_tensor(f"{layer.name}.weight"))
             else:
-                parts = {
-                    part: handle.get_tensor(f"{layer.name}.{part}") for part in ("qweight", "qzeros", "scales", "g_idx")
-                }
+                parts = {part: handle.get_tensor(f"{layer.name}.{part}") for part in gptq.PARTS}
                 layer.set_weight(gptq.unpack_layer(layer.name, parts, settings).values())
+
+
+def rescaled_block_tensors(
+    block: Block, path: Path, factors_OG: Mapping[str, Tensor], *, settings: gptq.GPTQSettings | None
+) -> dict[str, Tensor]:
+    """A block's tensors by name on disk after tuning: codes from its shard at `path`, all else from the model."""
+    tensors = {f"{block.name}.{name}": tensor for name, tensor in block.module.state_dict().items()}
+    if settings is None:
+        return tensors
+    with _reading(path) as handle:
+        for layer in block.layers:
+            del tensors[f"{layer.name}.weight"]
+            packed = {part: handle.get_tensor(f"{layer.name}.{part}") for part in gptq.PARTS}
+            packed["scales"] = (packed["scales"].float() * factors_OG[layer.name].cpu().T).half()
+            tensors |= {f"{layer.name}.{part}": tensor for part, tensor in packed.items()}
+    return tensors
 
 
 def outside_tensors(model: PreTrainedModel, blocks: list[Block]) -> dict[str, Tensor]:

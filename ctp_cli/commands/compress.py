@@ -37,6 +37,10 @@ def compress(
         str | None,
         typer.Option(help="full: aim at the full model's outputs; layer: at the layer's own.", rich_help_panel=HOW),
     ] = None,
+    tune_windows: Annotated[
+        int | None, typer.Option(help="Tune scales and norms end to end on so many windows.", rich_help_panel=HOW)
+    ] = None,
+    tune_learning_rate: Annotated[float | None, typer.Option(rich_help_panel=HOW)] = None,
     dampening: Annotated[float | None, typer.Option(help="Share of mean diag(H).", rich_help_panel=HOW)] = None,
     pruner: Annotated[str | None, typer.Option(help="sparsegpt, wanda or magnitude.", rich_help_panel=HOW)] = None,
     quantizer: Annotated[str | None, typer.Option(help="gptq or rtn.", rich_help_panel=HOW)] = None,
@@ -72,6 +76,8 @@ def compress(
             "act_order": act_order,
             "true_sequential": true_sequential,
             "target": target,
+            "tune_windows": tune_windows,
+            "tune_learning_rate": tune_learning_rate,
             "dampening": dampening,
             "pruner": pruner,
             "quantizer": quantizer,

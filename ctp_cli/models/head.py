@@ -52,6 +52,22 @@ class Scorer:
         losses_N: Tensor = _HeadLoss.apply(hidden_ND, self.head.weight, self.head.bias, targets_BT.flatten())
         return losses_N.view(targets_BT.shape)
 
+    def divergence(self, full: "Scorer", ids_BT: Tensor) -> Tensor:
+        """KL(full || model) of the next token after every token, (B, T) float32; differentiable in this model.
+
+        Both models must have the same head.
+        """
+        if self.head is None or full.head is None:
+            ours = self.model(ids_BT, use_cache=False).logits.float().log_softmax(-1)
+            with torch.no_grad():
+                theirs = full.model(ids_BT, use_cache=False).logits.float().log_softmax(-1)
+            return nn.functional.kl_div(ours, theirs, reduction="none", log_target=True).sum(-1)
+        with torch.no_grad():
+            wanted_ND = full._hidden(input_ids=ids_BT).flatten(0, 1)
+        hidden_ND = self._hidden(input_ids=ids_BT).flatten(0, 1)
+        divergences_N: Tensor = _HeadDivergence.apply(hidden_ND, wanted_ND, self.head.weight, self.head.bias)
+        return divergences_N.view(ids_BT.shape)
+
 
 class _HeadLoss(torch.autograd.Function):
     """Cross-entropy of a frozen head, chunk by chunk; gradients are made in the forward pass, while logits exist."""
@@ -76,5 +92,28 @@ class _HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, None, None, None]:
+        (gradient_ND,) = ctx.saved_tensors
+        return (gradient_ND * outer[0][:, None].to(gradient_ND.dtype), None, None, None)
+
+
+class _HeadDivergence(torch.autograd.Function):
+    """KL between two final hidden states under one frozen head, chunk by chunk, as in _HeadLoss."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_ND: Tensor, wanted_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None) -> Tensor:
+        divergences_N = torch.empty(hidden_ND.shape[0], dtype=torch.float32, device=hidden_ND.device)
+        gradient_ND = torch.empty_like(hidden_ND)
+        for start in range(0, hidden_ND.shape[0], _CHUNK):
+            part = slice(start, start + _CHUNK)
+            ours_CV = nn.functional.linear(hidden_ND[part], weight_VD, bias_V).float().log_softmax(-1)
+            theirs_CV = nn.functional.linear(wanted_ND[part], weight_VD, bias_V).float().log_softmax(-1)
+            share_CV = theirs_CV.exp()
+            divergences_N[part] = (share_CV * theirs_CV.sub_(ours_CV)).sum(-1)
+            gradient_ND[part] = ours_CV.exp_().sub_(share_CV).to(weight_VD.dtype) @ weight_VD
+        ctx.save_for_backward(gradient_ND)
+        return divergences_N
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, None, None, None]:
         (gradient_ND,) = ctx.saved_tensors
         return (gradient_ND * outer[0][:, None].to(gradient_ND.dtype), None, None, None)

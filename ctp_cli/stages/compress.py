@@ -16,6 +16,7 @@ from ctp_cli.compression.blockwise import FullBlock, LayerResult, compress_block
 from ctp_cli.compression.grid import GridRule
 from ctp_cli.compression.masks import MaskRule
 from ctp_cli.compression.solver import SolverRule
+from ctp_cli.compression.tuning import tune
 from ctp_cli.data.sources import Text, load_text
 from ctp_cli.data.windows import token_ids, windows
 from ctp_cli.errors import InputError, RecipeError, SolverError
@@ -40,6 +41,7 @@ from ctp_cli.recipe import CompressSection
 KIND = "compressed-checkpoint"
 AUTO_GROUP_SIZES = (128, 64, 32)
 _BATCH_TOKENS = 8192
+_TUNED = "tuned.json"
 
 
 @dataclass(frozen=True)
@@ -100,13 +102,17 @@ def compress(
         raise InputError(f"{model.path}: already quantized", hint="compress the original model")
     tokenizer = load_tokenizer(model.path)
     calibration = load_text(section.calibration or default_text(model), default_part="train")
-    ids_NT = windows(token_ids(calibration, tokenizer), section.seqlen, most=section.windows, text=calibration)
+    ids_NT = _windows(section, calibration, tokenizer)
     _check_fits_model(config, tokenizer, ids_NT)
     network = load_model(model.path, device=device)
     blocks = find_blocks(network)
     job = _Job.plan(section, network, blocks)
     with workspace(output, kind=KIND, identity=identity(section, model, calibration), force=force) as space:
-        report = _Run(job, space, network, blocks, progress).run(ids_NT.to(device))
+        run = _Run(job, space, network, blocks, progress)
+        report = run.compress(ids_NT[: section.windows].to(device))
+        tuning = None
+        if section.tune_windows:
+            tuning = run.tune(ids_NT[-section.tune_windows :].to(device), model.path)
         job.write_shared_files(space.path, network, tokenizer)
         sizes = _sizes(space, network, blocks)
         notes = _notes(job, sizes)
@@ -117,14 +123,14 @@ def compress(
                 "calibration": {
                     "source": calibration.source,
                     "sha256": calibration.sha256,
-                    "windows": ids_NT.shape[0],
+                    "windows": min(section.windows, ids_NT.shape[0]),
                     "seqlen": section.seqlen,
                 },
                 "format": job.format,
                 "base_model": model.name,
-                "results": sizes | {"layers": report, "notes": notes},
+                "results": sizes | {"layers": report, "notes": notes, "tuning": tuning},
             },
-            scratch=("*.layers",),
+            scratch=("*.layers", _TUNED),
         )
     errors = [layer["relative_error"] for layer in report if layer["relative_error"] is not None]
     return CompressReport(
@@ -143,9 +149,8 @@ def dry_run(section: CompressSection, *, model: ResolvedModel, output: Path, for
     config = load_config(model.path)
     calibration = load_text(section.calibration or default_text(model), default_part="train")
     tokenizer = load_tokenizer(model.path)
-    ids_T = token_ids(calibration, tokenizer)
-    ids_NT = windows(ids_T, section.seqlen, most=section.windows, text=calibration)
-    count = ids_NT.shape[0]
+    ids_NT = _windows(section, calibration, tokenizer)
+    count = min(section.windows, ids_NT.shape[0])
     _check_fits_model(config, tokenizer, ids_NT)
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
@@ -164,6 +169,10 @@ def dry_run(section: CompressSection, *, model: ResolvedModel, output: Path, for
         memory_bytes += tokens * config.hidden_size * (bits / 4 + 4)
         passes *= 2
     operations = 2 * linear * tokens * passes
+    if section.tune_windows:
+        # a forward pass of each model and a backward pass of one, for inputs and weights
+        memory_bytes += parameters * bits / 8 * 2
+        operations += 8 * parameters * section.seqlen * min(section.tune_windows, ids_NT.shape[0])
     return {
         "model": str(model.path),
         "calibration": f"{calibration.source}, {count} windows of {section.seqlen} tokens",
@@ -174,6 +183,12 @@ def dry_run(section: CompressSection, *, model: ResolvedModel, output: Path, for
         "estimated memory": f"{memory_bytes / 1e6:.0f} MB",
         "estimated time": f"{operations / _probe_operations_per_second(config.dtype) + linear * 1e-7:.0f} s",
     }
+
+
+def _windows(section: CompressSection, calibration: Text, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    """Windows for calibration, then those for tuning; a short text serves both with what it has."""
+    most = section.windows + section.tune_windows
+    return windows(token_ids(calibration, tokenizer), section.seqlen, most=most, text=calibration)
 
 
 def _probe_operations_per_second(dtype: torch.dtype | None) -> float:
@@ -236,6 +251,13 @@ class _Job:
             ),
         )
 
+    def tuned_group_size(self, blocks: Sequence[Block]) -> int | None:
+        """Groups of the grid; without one, the largest usual groups that fit, or whole rows."""
+        if self.rule.grid is not None:
+            return self.rule.grid.group_size
+        widths = {layer.weight_OI.shape[1] for block in blocks for layer in block.layers}
+        return next((size for size in AUTO_GROUP_SIZES if all(width % size == 0 for width in widths)), None)
+
     def write_shared_files(self, folder: Path, network: PreTrainedModel, tokenizer: Any) -> None:
         writer.write_index(folder)
         writer.write_configuration(folder, network, tokenizer, settings=self.settings)
@@ -296,8 +318,12 @@ class _Run:
     blocks: list[Block]
     progress: Progress
 
-    def run(self, ids_NT: Tensor) -> list[dict[str, Any]]:
+    def compress(self, ids_NT: Tensor) -> list[dict[str, Any]]:
+        """What became of every layer."""
         names = writer.ShardNames(len(self.blocks))
+        if (self.space.path / _TUNED).exists():
+            records = [self.space.path / names.block(block.index) for block in self.blocks]
+            return [row for shard in records for row in read_json(shard.with_suffix(".layers"))["layers"]]
         outside = self.space.path / names.outside()
         writer.write_shard(outside, writer.outside_tensors(self.network, self.blocks))
         batch = max(1, _BATCH_TOKENS // ids_NT.shape[1])
@@ -340,6 +366,39 @@ class _Run:
             self.progress.advance(note=_note(rows))
         self.progress.finish()
         return report
+
+    def tune(self, ids_NT: Tensor, original: Path) -> dict[str, Any]:
+        """Shards of the tuned model take the place of the others once all of them are written."""
+        folder = self.space.path
+        done = folder / _TUNED
+        if not done.exists():
+            tuned = tune(
+                self.network,
+                load_model(original, device=str(ids_NT.device)),
+                self.blocks,
+                ids_NT,
+                group_size=self.job.tuned_group_size(self.blocks),
+                learning_rate=self.job.section.tune_learning_rate,
+                progress=self.progress,
+            )
+            names = writer.ShardNames(len(self.blocks))
+            outside = writer.outside_tensors(self.network, self.blocks)
+            writer.write_shard(folder / f"{names.outside()}.tuned", outside)
+            for block in self.blocks:
+                shard = folder / names.block(block.index)
+                tensors = writer.rescaled_block_tensors(block, shard, tuned.factors_OG, settings=self.job.settings)
+                writer.write_shard(folder / f"{shard.name}.tuned", tensors)
+            write_json(
+                done,
+                {
+                    "windows": ids_NT.shape[0],
+                    "first_divergence": tuned.first_divergence,
+                    "last_divergence": tuned.last_divergence,
+                },
+            )
+        for shard in folder.glob("*.safetensors.tuned"):
+            shard.replace(shard.with_suffix(""))
+        return read_json(done)
 
 
 class _SharedInputs:

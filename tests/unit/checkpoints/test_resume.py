@@ -70,8 +70,10 @@ def solved(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         {"format": "gptq", "symmetric": False, "bits": 3, "act_order": "column"},
         {"format": "dense"},
         {"target": "full"},
+        {"tune_windows": 2, "target": "full"},
+        {"tune_windows": 2, "format": "dense", "bits": None},
     ],
-    ids=["gptq", "gptq-asymmetric-3-bit-column", "dense", "aiming-at-full"],
+    ids=["gptq", "gptq-asymmetric-3-bit-column", "dense", "aiming-at-full", "tuned", "tuned-dense"],
 )
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
     model: Path, text: Path, tmp_path: Path, done: int, settings: dict[str, object], solved: list[int]
@@ -82,7 +84,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
         run(model, tmp_path / "out", text, progress=StopAfter(done), **settings)
     assert not (tmp_path / "out").exists()
     assert solved == list(range(done))
-    listener = StopAfter(BLOCKS + 1)
+    listener = StopAfter(100)
     run(model, tmp_path / "out", text, progress=listener, **settings)
     assert solved == list(range(BLOCKS)), "finished blocks are read back, the others solved once"
     assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
