@@ -86,7 +86,9 @@ class CompressSection(Section):
     target: Literal["full", "layer"] = "layer"
     """What new weights reproduce: the full model's outputs in their place, or their own old ones (GPTQ, SparseGPT)."""
     tune_windows: Annotated[int, Field(ge=0)] = 0
-    """Windows on which scales, norms and biases then learn to predict what the full model does. 0: no tuning."""
+    """Windows on which the compressed model learns to predict what the full model does. 0: no tuning."""
+    tune: Literal["weights", "scales"] = "weights"
+    """What learns. weights: kept weights after pruning, then scales after quantization; scales: scales only."""
     tune_learning_rate: Annotated[float, Field(gt=0)] = 3e-3
     dampening: Annotated[float, Field(gt=0, lt=1)] = 0.01
     """Added to the Hessian's diagonal; a share of its mean (percdamp in GPTQ)."""

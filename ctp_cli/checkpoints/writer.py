@@ -63,20 +63,35 @@ def restore_block(block: Block, path: Path, *, settings: gptq.GPTQSettings | Non
                 layer.set_weight(gptq.unpack_layer(layer.name, parts, settings).values())
 
 
-def rescaled_block_tensors(
-    block: Block, path: Path, factors_OG: Mapping[str, Tensor], *, settings: gptq.GPTQSettings | None
-) -> dict[str, Tensor]:
-    """A block's tensors by name on disk after tuning: codes from its shard at `path`, all else from the model."""
-    tensors = {f"{block.name}.{name}": tensor for name, tensor in block.module.state_dict().items()}
-    if settings is None:
-        return tensors
+def tuned_shards(
+    folder: Path,
+    model: PreTrainedModel,
+    blocks: list[Block],
+    factors_OG: Mapping[str, Tensor],
+    *,
+    settings: gptq.GPTQSettings | None,
+) -> Iterator[tuple[Path, dict[str, Tensor]]]:
+    """Every shard of a tuned model and its tensors: codes from the shards in `folder`, all else from the model."""
+    names = ShardNames(len(blocks))
+    yield folder / names.outside(), outside_tensors(model, blocks)
+    for block in blocks:
+        path = folder / names.block(block.index)
+        tensors = {f"{block.name}.{name}": tensor for name, tensor in block.module.state_dict().items()}
+        if settings is not None:
+            with _reading(path) as handle:
+                for layer in block.layers:
+                    del tensors[f"{layer.name}.weight"]
+                    packed = {part: handle.get_tensor(f"{layer.name}.{part}") for part in gptq.PARTS}
+                    packed["scales"] = (packed["scales"].float() * factors_OG[layer.name].cpu().T).half()
+                    tensors |= {f"{layer.name}.{part}": tensor for part, tensor in packed.items()}
+        yield path, tensors
+
+
+def restore_parameters(model: PreTrainedModel, path: Path) -> None:
+    """Load what `write_shard` made of the model's named parameters."""
     with _reading(path) as handle:
-        for layer in block.layers:
-            del tensors[f"{layer.name}.weight"]
-            packed = {part: handle.get_tensor(f"{layer.name}.{part}") for part in gptq.PARTS}
-            packed["scales"] = (packed["scales"].float() * factors_OG[layer.name].cpu().T).half()
-            tensors |= {f"{layer.name}.{part}": tensor for part, tensor in packed.items()}
-    return tensors
+        for name, parameter in model.named_parameters():
+            parameter.data.copy_(handle.get_tensor(name))
 
 
 def outside_tensors(model: PreTrainedModel, blocks: list[Block]) -> dict[str, Tensor]:

@@ -38,7 +38,10 @@ def compress(
         typer.Option(help="full: aim at the full model's outputs; layer: at the layer's own.", rich_help_panel=HOW),
     ] = None,
     tune_windows: Annotated[
-        int | None, typer.Option(help="Tune scales and norms end to end on so many windows.", rich_help_panel=HOW)
+        int | None, typer.Option(help="Tune end to end on so many windows; 0: not at all.", rich_help_panel=HOW)
+    ] = None,
+    tune: Annotated[
+        str | None, typer.Option(help="weights (then scales), or scales only (less memory).", rich_help_panel=HOW)
     ] = None,
     tune_learning_rate: Annotated[float | None, typer.Option(rich_help_panel=HOW)] = None,
     dampening: Annotated[float | None, typer.Option(help="Share of mean diag(H).", rich_help_panel=HOW)] = None,
@@ -77,6 +80,7 @@ def compress(
             "true_sequential": true_sequential,
             "target": target,
             "tune_windows": tune_windows,
+            "tune": tune,
             "tune_learning_rate": tune_learning_rate,
             "dampening": dampening,
             "pruner": pruner,

@@ -36,6 +36,8 @@ class SolverRule:
     quantizer: Literal["gptq", "rtn"] = "gptq"
     act_order: Literal["none", "column", "group"] = "none"
     dampening: float = 0.01
+    keep_zeros: bool = False
+    """Weights that are zero stay zero; for a model that is pruned already, with no mask of its own."""
 
     @property
     def needs_hessian(self) -> bool:
@@ -148,6 +150,8 @@ def _order(H_II: Tensor | None, rule: SolverRule, in_features: int) -> Tensor:
 def _fixed_mask(
     W_IO: Tensor, H_II: Tensor | None, order_I: Tensor, rule: SolverRule, spans: list[slice]
 ) -> Tensor | None:
+    if rule.keep_zeros:
+        return W_IO != 0
     if rule.mask is None or rule.pruner == "sparsegpt":
         return None
     if rule.pruner == "magnitude":

@@ -1,11 +1,11 @@
-"""Tune what is continuous in a compressed model, end to end: group scales, norms and biases; codes and masks stay.
+"""Tune a compressed model end to end: it learns to predict what the full model does.
 
 One solver pass fits every layer to its own outputs. How the errors of all layers add up in what the model predicts is
-seen only at its end. Here the compressed model learns to predict what the full model does, by gradient descent on the
-few numbers that a checkpoint stores in high precision anyway, so its size, codes and zeros do not change.
+seen only at its end, so that is where the loss is taken: the divergence from the full model, by gradient descent. Masks
+and codes stay. What moves is the kept weights of a model that is pruned and not yet quantized, or the group scales of
+a quantized one, and norms and biases in either: numbers that the checkpoint stores anyway.
 
-Source: the idea of tuning only quantization parameters end to end is EfficientQAT's (arXiv:2407.11062); the loss here
-is the divergence from the full model.
+Source: tuning quantization parameters end to end, EfficientQAT (arXiv:2407.11062); the loss here is a distillation.
 
 O=out_features I=in_features G=groups B=batch T=tokens N=windows
 """
@@ -13,6 +13,7 @@ O=out_features I=in_features G=groups B=batch T=tokens N=windows
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +34,7 @@ class Tuned:
     """What tuning found. The model itself holds it as well."""
 
     factors_OG: dict[str, Tensor]
-    """By layer: what each group's scale is to be multiplied by, float32."""
+    """By layer: what each group's scale is to be multiplied by, float32. Empty where weights were tuned."""
     first_divergence: float
     last_divergence: float
     """KL from the full model in nats per token: of the first window, and the mean of the last eighth."""
@@ -45,17 +46,32 @@ class _Scaled(nn.Module):
     def __init__(self, layer: LinearLayer, group_size: int) -> None:
         super().__init__()
         out_features, in_features = layer.weight_OI.shape
-        self.change_OG = nn.Parameter(
-            torch.zeros(out_features, in_features // group_size, device=layer.weight_OI.device)
-        )
+        device = layer.weight_OI.device
+        self.change = nn.Parameter(torch.zeros(out_features, in_features // group_size, device=device))
         self._transposed = layer.transposed
+
+    def factors_OG(self) -> Tensor:
+        return 1 + self.change
 
     def forward(self, weight: Tensor) -> Tensor:
         weight_OI = weight.T if self._transposed else weight
-        outputs, groups = self.change_OG.shape
-        scaled = weight_OI.float().view(outputs, groups, -1) * (1 + self.change_OG)[..., None]
-        scaled_OI = scaled.view(weight_OI.shape).to(weight.dtype)
+        factors_OG = self.factors_OG()
+        scaled_OGC = weight_OI.float().view(*factors_OG.shape, -1) * factors_OG[..., None]
+        scaled_OI = scaled_OGC.view(weight_OI.shape).to(weight.dtype)
         return scaled_OI.T if self._transposed else scaled_OI
+
+
+class _Moved(nn.Module):
+    """A weight whose nonzero entries move in float32, in units of their root mean square."""
+
+    def __init__(self, layer: LinearLayer) -> None:
+        super().__init__()
+        weight = layer.parameter.data
+        self.change = nn.Parameter(torch.zeros_like(weight, dtype=torch.float32))
+        self._unit = (weight != 0) * weight.float().square().sum().div(weight.count_nonzero().clamp(min=1)).sqrt()
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return (weight.float() + self._unit * self.change).to(weight.dtype)
 
 
 class _Shifted(nn.Module):
@@ -75,38 +91,41 @@ def tune(
     blocks: Sequence[Block],
     ids_NT: Tensor,
     *,
-    group_size: int | None,
+    what: Literal["scales", "weights"],
+    group_size: int | None = None,
     learning_rate: float,
     progress: Progress = SILENT,
 ) -> Tuned:
     """Bring the model's predictions closer to the full model's, one window after the other, in place.
 
     Shapes: ids_NT (N, T), one step of AdamW per window, each seen once.
-    Units: group_size in inputs, None for one group per output; the learning rate is relative to scales, which start at
-        a factor of 1, and absolute for norms and biases; it rises over 5% of the steps and falls as a cosine.
+    Units: group_size in inputs, None for one group per output. The learning rate is relative to scales, to a layer's
+        root mean square weight, and absolute for norms and biases; it rises over 5% of the steps and falls as a cosine.
+    Memory: `scales` adds little to the two models and one window's activations; `weights` 20 bytes per weight.
     Raises: SolverError if the divergence stops being finite.
     """
     for parameter in (*model.parameters(), *full_model.parameters()):
         parameter.requires_grad_(False)
     scorer, full = Scorer(model), Scorer(full_model)
-    scaled: dict[str, tuple[LinearLayer, _Scaled]] = {}
+    scaled: dict[str, _Scaled] = {}
+    tuned: list[tuple[nn.Module, str, _Scaled | _Moved | _Shifted]] = []
     for layer in (layer for block in blocks for layer in block.layers):
-        scaled[layer.name] = (layer, _Scaled(layer, group_size or layer.weight_OI.shape[1]))
-    shifted = [(owner, name, _Shifted(value)) for owner, name, value in _vectors(model)]
-    changes = [change.change_OG for _, change in scaled.values()] + [change.change for *_, change in shifted]
-    for layer, scaling in scaled.values():
-        parametrize.register_parametrization(layer.module, "weight", scaling)
-    for owner, name, shift in shifted:
-        parametrize.register_parametrization(owner, name, shift)
+        if what == "weights":
+            tuned.append((layer.module, "weight", _Moved(layer)))
+        else:
+            scaled[layer.name] = _Scaled(layer, group_size or layer.weight_OI.shape[1])
+            tuned.append((layer.module, "weight", scaled[layer.name]))
+    tuned += [(owner, name, _Shifted(value)) for owner, name, value in _vectors(model)]
+    for owner, name, change in tuned:
+        parametrize.register_parametrization(owner, name, change)
     try:
+        changes = [change.change for *_, change in tuned]
         divergences = _descend(scorer, full, ids_NT, changes, learning_rate, progress)
     finally:
-        for layer, _ in scaled.values():
-            parametrize.remove_parametrizations(layer.module, "weight", leave_parametrized=True)
-        for owner, name, _ in shifted:
+        for owner, name, _ in tuned:
             parametrize.remove_parametrizations(owner, name, leave_parametrized=True)
     last = divergences[-max(1, len(divergences) // 8) :]
-    factors = {name: 1 + scaling.change_OG.detach() for name, (_, scaling) in scaled.items()}
+    factors = {name: scaling.factors_OG().detach() for name, scaling in scaled.items()}
     return Tuned(factors, divergences[0], sum(last) / len(last))
 
 

@@ -1,10 +1,11 @@
 """Compress a model: load, calibrate, solve block by block, save each block as it is done, finish as one artifact."""
 
+import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from ctp_cli.compression.blockwise import FullBlock, LayerResult, compress_block
 from ctp_cli.compression.grid import GridRule
 from ctp_cli.compression.masks import MaskRule
 from ctp_cli.compression.solver import SolverRule
-from ctp_cli.compression.tuning import tune
+from ctp_cli.compression.tuning import Tuned, tune
 from ctp_cli.data.sources import Text, load_text
 from ctp_cli.data.windows import token_ids, windows
 from ctp_cli.errors import InputError, RecipeError, SolverError
@@ -42,6 +43,7 @@ KIND = "compressed-checkpoint"
 AUTO_GROUP_SIZES = (128, 64, 32)
 _BATCH_TOKENS = 8192
 _TUNED = "tuned.json"
+_PRUNED = "pruned"
 
 
 @dataclass(frozen=True)
@@ -108,11 +110,8 @@ def compress(
     blocks = find_blocks(network)
     job = _Job.plan(section, network, blocks)
     with workspace(output, kind=KIND, identity=identity(section, model, calibration), force=force) as space:
-        run = _Run(job, space, network, blocks, progress)
-        report = run.compress(ids_NT[: section.windows].to(device))
-        tuning = None
-        if section.tune_windows:
-            tuning = run.tune(ids_NT[-section.tune_windows :].to(device), model.path)
+        run = _Run(job, space, network, blocks, model.path, progress)
+        report, tunings = run.run(ids_NT.to(device))
         job.write_shared_files(space.path, network, tokenizer)
         sizes = _sizes(space, network, blocks)
         notes = _notes(job, sizes)
@@ -128,7 +127,7 @@ def compress(
                 },
                 "format": job.format,
                 "base_model": model.name,
-                "results": sizes | {"layers": report, "notes": notes, "tuning": tuning},
+                "results": sizes | {"layers": report, "notes": notes, "tunings": tunings},
             },
             scratch=("*.layers", _TUNED),
         )
@@ -310,37 +309,90 @@ def _divisor_near(number: int, wanted: int) -> int:
 
 @dataclass
 class _Run:
-    """One pass over the blocks; finished blocks are on disk and are only read back."""
+    """All passes over the model; finished blocks and finished tunings are on disk and are only read back."""
 
     job: _Job
     space: Workspace
     network: PreTrainedModel
     blocks: list[Block]
+    original: Path
     progress: Progress
 
-    def compress(self, ids_NT: Tensor) -> list[dict[str, Any]]:
-        """What became of every layer."""
+    def run(self, ids_NT: Tensor) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        """What became of every layer, and how every tuning went.
+
+        Weights that are to be tuned are pruned first and quantized once they are tuned: rounding then meets the weights
+        that stay, and what it costs is made up for by tuning scales.
+        """
+        section, rule, folder = self.job.section, self.job.rule, self.space.path
+        calibration_NT, tuning_NT = ids_NT[: section.windows], ids_NT[-section.tune_windows :]
+        if self.space.resumed:
+            self.progress.say(f"going on with the unfinished work in {folder}")
+        tunings: list[dict[str, Any]] = []
+        if section.tune_windows and not (folder / _TUNED).exists():
+            if section.tune == "weights" and rule.mask is not None and rule.grid is not None:
+                tunings.append(self._prune_and_tune(folder / _PRUNED, calibration_NT, tuning_NT))
+                rule = replace(rule, mask=None, keep_zeros=True)
+            rows = self._pass(folder, rule, self.job.settings, calibration_NT)
+            what: Literal["scales", "weights"] = "weights" if section.tune == "weights" and not rule.grid else "scales"
+            tuned = self._tune(what, tuning_NT)
+            for shard, tensors in writer.tuned_shards(
+                folder, self.network, self.blocks, tuned.factors_OG, settings=self.job.settings
+            ):
+                writer.write_shard(shard.with_name(f"{shard.name}.tuned"), tensors)
+            write_json(folder / _TUNED, {"layers": rows, "tunings": [*tunings, _tuning_row(what, tuned, tuning_NT)]})
+        if not section.tune_windows:
+            return self._pass(folder, rule, self.job.settings, calibration_NT), []
+        # from here on only files are moved: what is found half moved is moved on
+        for shard in folder.glob("*.safetensors.tuned"):
+            shard.replace(shard.with_suffix(""))
+        shutil.rmtree(folder / _PRUNED, ignore_errors=True)
+        record = read_json(folder / _TUNED)
+        return record["layers"], record["tunings"]
+
+    def _prune_and_tune(self, folder: Path, calibration_NT: Tensor, tuning_NT: Tensor) -> dict[str, Any]:
+        folder.mkdir(exist_ok=True)
+        parameters, record = folder / "parameters.safetensors", folder / _TUNED
+        if record.exists():
+            writer.restore_parameters(self.network, parameters)
+        else:
+            self._pass(folder, replace(self.job.rule, grid=None), None, calibration_NT)
+            tuned = self._tune("weights", tuning_NT)
+            writer.write_shard(parameters, dict(self.network.named_parameters()))
+            write_json(record, _tuning_row("weights", tuned, tuning_NT))
+        return read_json(record)
+
+    def _tune(self, what: Literal["scales", "weights"], ids_NT: Tensor) -> Tuned:
+        return tune(
+            self.network,
+            load_model(self.original, device=str(ids_NT.device)),
+            self.blocks,
+            ids_NT,
+            what=what,
+            group_size=self.job.tuned_group_size(self.blocks),
+            learning_rate=self.job.section.tune_learning_rate,
+            progress=self.progress,
+        )
+
+    def _pass(
+        self, folder: Path, rule: SolverRule, settings: gptq.GPTQSettings | None, ids_NT: Tensor
+    ) -> list[dict[str, Any]]:
+        """Solve every block and write it to its shard. What became of every layer."""
         names = writer.ShardNames(len(self.blocks))
-        if (self.space.path / _TUNED).exists():
-            records = [self.space.path / names.block(block.index) for block in self.blocks]
-            return [row for shard in records for row in read_json(shard.with_suffix(".layers"))["layers"]]
-        outside = self.space.path / names.outside()
-        writer.write_shard(outside, writer.outside_tensors(self.network, self.blocks))
+        writer.write_shard(folder / names.outside(), writer.outside_tensors(self.network, self.blocks))
         batch = max(1, _BATCH_TOKENS // ids_NT.shape[1])
         state = start_walk(self.network, self.blocks, [(ids_BT, None) for ids_BT in ids_NT.split(batch)])
-        if self.space.resumed:
-            self.progress.say(f"going on with the unfinished work in {self.space.path}")
-        self.progress.start("compress", len(self.blocks))
+        self.progress.start("quantize" if rule.keep_zeros else "compress", len(self.blocks))
         report: list[dict[str, Any]] = []
         sets = _SharedInputs(state)
-        aims_at_full = self.job.section.target == "full" and self.job.rule.feeds_back
+        aims_at_full = self.job.section.target == "full" and rule.feeds_back
         full_state = replace(state, hidden_BTD=list(state.hidden_BTD)) if aims_at_full else None
         for block in self.blocks:
             full_block = None if full_state is None else copy_of(block)
-            shard = self.space.path / names.block(block.index)
+            shard = folder / names.block(block.index)
             record = shard.with_suffix(".layers")
             if shard.exists() and record.exists():
-                writer.restore_block(block, shard, settings=self.job.settings)
+                writer.restore_block(block, shard, settings=settings)
                 advance(block, state)
                 if full_block is not None and full_state is not None:
                     advance(full_block, full_state)
@@ -350,55 +402,25 @@ class _Run:
                 if full_block is not None and full_state is not None:
                     writers = residual_writers(full_block, full_state, sets.of(full_block))
                     full = FullBlock(full_block, full_state, [layer.name for layer in writers])
-                results = compress_block(
-                    block,
-                    state,
-                    self.job.rule,
-                    sets.of(block),
-                    true_sequential=self.job.section.true_sequential,
-                    full=full,
-                )
+                true_sequential = self.job.section.true_sequential
+                results = compress_block(block, state, rule, sets.of(block), true_sequential=true_sequential, full=full)
                 _refuse_nan(block, state.hidden_BTD)
                 rows = [_layer_row(result) for result in results]
                 write_json(record, {"layers": rows})
-                writer.write_shard(shard, writer.block_tensors(block, results, settings=self.job.settings))
+                writer.write_shard(shard, writer.block_tensors(block, results, settings=settings))
             report += rows
             self.progress.advance(note=_note(rows))
         self.progress.finish()
         return report
 
-    def tune(self, ids_NT: Tensor, original: Path) -> dict[str, Any]:
-        """Shards of the tuned model take the place of the others once all of them are written."""
-        folder = self.space.path
-        done = folder / _TUNED
-        if not done.exists():
-            tuned = tune(
-                self.network,
-                load_model(original, device=str(ids_NT.device)),
-                self.blocks,
-                ids_NT,
-                group_size=self.job.tuned_group_size(self.blocks),
-                learning_rate=self.job.section.tune_learning_rate,
-                progress=self.progress,
-            )
-            names = writer.ShardNames(len(self.blocks))
-            outside = writer.outside_tensors(self.network, self.blocks)
-            writer.write_shard(folder / f"{names.outside()}.tuned", outside)
-            for block in self.blocks:
-                shard = folder / names.block(block.index)
-                tensors = writer.rescaled_block_tensors(block, shard, tuned.factors_OG, settings=self.job.settings)
-                writer.write_shard(folder / f"{shard.name}.tuned", tensors)
-            write_json(
-                done,
-                {
-                    "windows": ids_NT.shape[0],
-                    "first_divergence": tuned.first_divergence,
-                    "last_divergence": tuned.last_divergence,
-                },
-            )
-        for shard in folder.glob("*.safetensors.tuned"):
-            shard.replace(shard.with_suffix(""))
-        return read_json(done)
+
+def _tuning_row(what: str, tuned: Tuned, ids_NT: Tensor) -> dict[str, Any]:
+    return {
+        "what": what,
+        "windows": ids_NT.shape[0],
+        "first_divergence": tuned.first_divergence,
+        "last_divergence": tuned.last_divergence,
+    }
 
 
 class _SharedInputs:

@@ -70,10 +70,10 @@ def solved(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         {"format": "gptq", "symmetric": False, "bits": 3, "act_order": "column"},
         {"format": "dense"},
         {"target": "full"},
-        {"tune_windows": 2, "target": "full"},
-        {"tune_windows": 2, "format": "dense", "bits": None},
+        {"tune_windows": 2, "tune": "scales"},
+        {"tune_windows": 2, "bits": None},
     ],
-    ids=["gptq", "gptq-asymmetric-3-bit-column", "dense", "aiming-at-full", "tuned", "tuned-dense"],
+    ids=["gptq", "gptq-asymmetric-3-bit-column", "dense", "aiming-at-full", "tuned-scales", "tuned-pruned"],
 )
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
     model: Path, text: Path, tmp_path: Path, done: int, settings: dict[str, object], solved: list[int]
@@ -93,6 +93,22 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
     layers = [json.loads((tmp_path / name / "ctp.json").read_text())["results"]["layers"] for name in ("out", "whole")]
     for ours, theirs in zip(*layers, strict=True):
         assert {**ours, "solve_seconds": 0} == {**theirs, "solve_seconds": 0}
+
+
+# three blocks pruned, two windows of tuning weights, three blocks quantized, two windows of tuning scales
+@pytest.mark.parametrize(("done", "solved_before"), [(1, 1), (4, 3), (5, 3), (7, 5), (9, 6)])
+def test_pruning_tuning_quantizing_and_tuning_resumes_to_the_same_bytes(
+    model: Path, text: Path, tmp_path: Path, done: int, solved_before: int, solved: list[int]
+) -> None:
+    settings = {"tune_windows": 2, "target": "full"}
+    run(model, tmp_path / "whole", text, **settings)
+    solved.clear()
+    with pytest.raises(Stopped):
+        run(model, tmp_path / "out", text, progress=StopAfter(done), **settings)
+    assert len(solved) == solved_before
+    run(model, tmp_path / "out", text, **settings)
+    assert solved == [*range(BLOCKS), *range(BLOCKS)]
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
 
 
 def test_half_precision_resumes_to_the_same_bytes_too(text: Path, tmp_path: Path) -> None:

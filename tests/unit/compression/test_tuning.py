@@ -57,9 +57,16 @@ def test_divergence_and_its_gradient_are_those_of_whole_logits(family: str, tmp_
 
 
 @pytest.mark.parametrize(
-    "settings", [{"sparsity": 0.5, "bits": 3}, {"bits": 2, "symmetric": False}, {"sparsity": "2:4"}], ids=str
+    "settings",
+    [
+        {"sparsity": 0.5, "bits": 3},
+        {"sparsity": 0.5, "bits": 3, "tune": "scales"},
+        {"bits": 2, "symmetric": False},
+        {"sparsity": "2:4"},
+    ],
+    ids=str,
 )
-def test_a_tuned_checkpoint_keeps_its_codes_and_predicts_better(
+def test_a_tuned_checkpoint_keeps_its_zeros_and_predicts_better(
     trained: Path, tmp_path: Path, settings: dict[str, object]
 ) -> None:
     """Divergence on text of another part than that of calibration and tuning."""
@@ -74,11 +81,16 @@ def test_a_tuned_checkpoint_keeps_its_codes_and_predicts_better(
     plain, tuned = stored_tensors(tmp_path / "plain"), stored_tensors(tmp_path / "tuned")
     assert plain.keys() == tuned.keys()
     changed = {name.rpartition(".")[2] for name in plain if not torch.equal(plain[name], tuned[name])}
-    assert changed == ({"scales", "weight"} if "bits" in settings else {"weight"})
+    twice = settings == {"sparsity": 0.5, "bits": 3}  # pruned, tuned and only then quantized: other masks and codes
+    assert changed == {"weight", *(["scales"] if "bits" in settings else []), *(["qweight"] if twice else [])}
     for name in plain:
-        if plain[name].dim() == 2:  # zeros stay zeros, embeddings stay as they are
+        assert "embed" not in name or torch.equal(plain[name], tuned[name])
+        if plain[name].dim() == 2 and not twice:
             assert torch.equal(plain[name] == 0, tuned[name] == 0), name
-            assert "embed" not in name or torch.equal(plain[name], tuned[name])
+    if "sparsity" in settings:
+        for block in find_blocks(load_model(tmp_path / "tuned", device="cpu")):
+            for layer in block.layers:
+                assert (layer.weight_OI == 0).float().mean() >= 0.5
 
 
 @pytest.mark.parametrize("family", ["gpt2", "opt350"])
@@ -92,7 +104,7 @@ def test_transposed_layers_are_scaled_by_groups_of_their_inputs(family: str, tmp
             layer.set_weight(layer.weight_OI + 0.02 * torch.randn_like(layer.weight_OI))
             before[layer.name] = layer.weight_OI.clone()
     ids = torch.randint(3, VOCAB_SIZE, (12, 24), generator=torch.Generator().manual_seed(0))
-    tuned = tune(model, full, blocks, ids, group_size=32, learning_rate=1e-2)
+    tuned = tune(model, full, blocks, ids, what="scales", group_size=32, learning_rate=1e-2)
     for block in find_blocks(model):
         for layer in block.layers:
             factors_OI = tuned.factors_OG[layer.name].repeat_interleave(32, dim=1)
@@ -108,4 +120,4 @@ def test_a_learning_rate_that_blows_up_is_reported(tmp_path: Path) -> None:
             layer.set_weight(layer.weight_OI * 1.1)
     ids = torch.randint(3, VOCAB_SIZE, (12, 24))
     with pytest.raises(SolverError, match="tuning: the divergence"):
-        tune(model, full, find_blocks(model), ids, group_size=32, learning_rate=1e30)
+        tune(model, full, find_blocks(model), ids, what="scales", group_size=32, learning_rate=1e30)
