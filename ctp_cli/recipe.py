@@ -89,7 +89,7 @@ class CompressSection(Section):
     """Windows on which the compressed model learns to predict what the full model does. 0: no tuning."""
     tune: Literal["weights", "scales"] = "weights"
     """What learns. weights: kept weights after pruning, then scales after quantization; scales: scales only."""
-    tune_learning_rate: Annotated[float, Field(gt=0)] = 3e-3
+    tune_learning_rate: Annotated[float, Field(gt=0)] = 2e-3
     dampening: Annotated[float, Field(gt=0, lt=1)] = 0.01
     """Added to the Hessian's diagonal; a share of its mean (percdamp in GPTQ)."""
     pruner: Literal["sparsegpt", "wanda", "magnitude"] = "sparsegpt"
