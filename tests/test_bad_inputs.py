@@ -61,6 +61,14 @@ COMPRESS_CASES = {
     "unknown act order": (["--bits", "4", "--act-order", "sideways"], ["'none', 'column' or 'group'"]),
     "gptq without bits": (["--sparsity", "0.5", "--format", "gptq"], ["gptq", "give bits"]),
     "dampening": (["--bits", "4", "--dampening", "2"], ["dampening", "less than 1"]),
+    "full target without true-sequential": (
+        ["--bits", "4", "--target", "full", "--no-true-sequential"],
+        ["target full", "use target layer"],
+    ),
+    "tuning scattered groups": (
+        ["--bits", "4", "--tune-windows", "2", "--act-order", "column"],
+        ["neighbouring inputs", "act_order group"],
+    ),
     "two problems at once": (["--bits", "7", "--sparsity", "3.5"], ["bits", "sparsity"]),
     "unknown device": (["--bits", "4", "--device", "abacus"], ["not a torch device"]),
 }
@@ -100,6 +108,11 @@ def test_texts(name: str, make: Callable[[Path], object], word: str, model: Path
     spec = path if "." in name else name
     refused(ctp("compress", model, "--bits", 4, "--calibration", spec, *SMALL), word)
     refused(ctp("eval", model, "--ppl", spec, "--seqlen", 32), word)
+    assert not list(place.iterdir())
+
+
+def test_half_precision_that_the_processor_has_not(model: Path, place: Path, text: Path) -> None:
+    refused(ctp("learn", model, "--text", text, "--mixed-precision", "fp16", "--device", "cpu"), "fp16 needs a GPU")
     assert not list(place.iterdir())
 
 
@@ -208,6 +221,7 @@ def test_a_yaml_tag_runs_nothing(place: Path) -> None:
 
 def test_a_model_compressed_already(compressed: Path, place: Path, text: Path) -> None:
     refused(ctp("compress", compressed, "--bits", 4, "--calibration", text, *SMALL), "already quantized")
+    refused(ctp("compress", compressed, "--bits", 4, "--calibration", text, *SMALL, "--dry-run"), "already quantized")
 
 
 def test_usage_errors_exit_with_2(place: Path) -> None:

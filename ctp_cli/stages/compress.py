@@ -99,9 +99,7 @@ def compress(
 ) -> CompressReport:
     """Raises CtpError kinds for whatever the user can mend; unfinished work is kept in `output`.partial."""
     refuse_existing(output, force=force, reads=model.path)
-    config = load_config(model.path)
-    if getattr(config, "quantization_config", None) is not None:
-        raise InputError(f"{model.path}: already quantized", hint="compress the original model")
+    config = _config_of_original(model)
     tokenizer = load_tokenizer(model.path)
     calibration = load_text(section.calibration or default_text(model), default_part="train")
     ids_NT = _windows(section, calibration, tokenizer)
@@ -145,7 +143,7 @@ def compress(
 def dry_run(section: CompressSection, *, model: ResolvedModel, output: Path, force: bool = False) -> dict[str, Any]:
     """Check what can be checked without weights; estimate sizes from shapes and time from a probe of the machine."""
     refuse_existing(output, force=force, reads=model.path)
-    config = load_config(model.path)
+    config = _config_of_original(model)
     calibration = load_text(section.calibration or default_text(model), default_part="train")
     tokenizer = load_tokenizer(model.path)
     ids_NT = _windows(section, calibration, tokenizer)
@@ -182,6 +180,13 @@ def dry_run(section: CompressSection, *, model: ResolvedModel, output: Path, for
         "estimated memory": f"{memory_bytes / 1e6:.0f} MB",
         "estimated time": f"{operations / _probe_operations_per_second(config.dtype) + linear * 1e-7:.0f} s",
     }
+
+
+def _config_of_original(model: ResolvedModel) -> Any:
+    config = load_config(model.path)
+    if getattr(config, "quantization_config", None) is not None:
+        raise InputError(f"{model.path}: already quantized", hint="compress the original model")
+    return config
 
 
 def _windows(section: CompressSection, calibration: Text, tokenizer: PreTrainedTokenizerBase) -> Tensor:

@@ -63,6 +63,8 @@ def learn_prompt(
 ) -> LearnReport:
     """Raises CtpError kinds for what the user can mend; unfinished work is kept and gone on from."""
     refuse_existing(output, force=force, reads=model.path)
+    if section.mixed_precision == "fp16" and device == "cpu":
+        raise RecipeError("learn.mixed_precision: fp16 needs a GPU", hint="use bf16 or no on a CPU")
     tokenizer = load_tokenizer(model.path)
     text, validation = _texts(section, model)
     ids_T = token_ids(text, tokenizer)
