@@ -155,7 +155,8 @@ def start_walk(
         for block in blocks:
             block.module.forward = recorder(block.index)
         for ids_BT, mask_BT in batches:
-            model(ids_BT, attention_mask=mask_BT, use_cache=False, logits_to_keep=1)
+            # without the head: of logits, even the last position's alone can take longer than everything else here
+            model.base_model(ids_BT, attention_mask=mask_BT, use_cache=False)
             state.keep_BT.append(None if mask_BT is None else mask_BT.bool())
     finally:
         for block, forward in zip(blocks, originals, strict=True):
