@@ -3,8 +3,9 @@
     python benchmarks/compression_quality.py DATA_FOLDER [--only NAME] [--texts wikitext2,ptb,c4]
 
 DATA_FOLDER holds c4.train.jsonl, wikitext2.test.txt, ptb.test.txt and c4.valid.jsonl. Protocol: SmolLM2-135M in
-bfloat16; calibration on the first 64 windows of 1024 tokens, tuning on the next 96; evaluation on at most 48 windows of 1024, no BOS. The
-reference figures were measured on another machine with the published code and are only quoted here.
+bfloat16; calibration on the first 64 windows of 1024 tokens, tuning on the 96 after them; evaluation on at
+most 48 windows of 1024, no BOS. The reference figures were measured on another machine with the published code and are
+only quoted here.
 """
 
 import argparse

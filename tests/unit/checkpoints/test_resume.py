@@ -111,6 +111,40 @@ def test_pruning_tuning_quantizing_and_tuning_resumes_to_the_same_bytes(
     assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("moment", ["before the record of tuning", "between two shards that take their places"])
+def test_a_run_that_dies_while_tuned_shards_are_put_in_place_is_made_whole(
+    model: Path, text: Path, tmp_path: Path, moment: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(model, tmp_path / "whole", text, tune_windows=2)
+    moved: list[Path] = []
+    with monkeypatch.context() as patch:
+        if moment.startswith("before"):
+            original = stage.write_json
+
+            def write(path: Path, content: object) -> None:
+                if path == tmp_path / "out.partial" / "tuned.json":
+                    raise Stopped
+                original(path, content)
+
+            patch.setattr(stage, "write_json", write)
+        else:
+            replace = Path.replace
+
+            def once(path: Path, target: Path) -> Path:
+                if path.suffix == ".tuned" and moved:
+                    raise Stopped
+                moved.extend([path] if path.suffix == ".tuned" else [])
+                return replace(path, target)
+
+            patch.setattr(Path, "replace", once)
+        with pytest.raises(Stopped):
+            run(model, tmp_path / "out", text, tune_windows=2)
+    assert bool(moved) == moment.startswith("between")
+    assert list((tmp_path / "out.partial").glob("*.tuned"))
+    run(model, tmp_path / "out", text, tune_windows=2)
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
+
+
 def test_half_precision_resumes_to_the_same_bytes_too(text: Path, tmp_path: Path) -> None:
     import torch
 
