@@ -79,8 +79,9 @@ class CompressSection(Section):
     """Zero in the middle of the grid (vLLM needs it); False: a zero point per group."""
     mse_clip: bool = True
     """Shrink each group's range to the one with the least squared error instead of its full range."""
-    act_order: Literal["none", "column", "group"] = "group"
-    """Columns with larger inputs first: freely (desc_act), or group by group so that groups stay contiguous."""
+    act_order: Literal["none", "column", "group", "static"] = "group"
+    """Columns with larger inputs first. column: freely, groups then scattered (desc_act); group: group by group, groups
+    stay contiguous; static: freely, groups stay contiguous and their scales are those of the weights as given."""
     true_sequential: bool = True
     """Within a block, each layer sees the outputs of the layers before it already compressed."""
     target: Literal["full", "layer"] = "layer"
@@ -114,8 +115,8 @@ class CompressSection(Section):
             raise ValueError("target full needs true_sequential, or layers would share an error: use target layer")
         if self.act_order == "column" and self.tune_windows:
             raise ValueError("tuning scales needs groups of neighbouring inputs: use act_order group or none")
-        if self.act_order == "column" and isinstance(self.sparsity, str):
-            raise ValueError("act_order column tears n:m blocks apart: use group or none")
+        if self.act_order in ("column", "static") and isinstance(self.sparsity, str):
+            raise ValueError(f"act_order {self.act_order} tears n:m blocks apart: use group or none")
         return self
 
 

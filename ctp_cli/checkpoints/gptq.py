@@ -32,6 +32,7 @@ class GPTQSettings:
     desc_act: bool
     dampening: float = 0.01
     true_sequential: bool = True
+    static_groups: bool = False
     zero_offset: int = 1
     """v1 stores zero - 1, v2 stores zero."""
 
@@ -45,7 +46,7 @@ class GPTQSettings:
             "desc_act": self.desc_act,
             "sym": self.symmetric,
             "damp_percent": self.dampening,
-            "static_groups": False,
+            "static_groups": self.static_groups,
             "true_sequential": self.true_sequential,
             "lm_head": False,
         }

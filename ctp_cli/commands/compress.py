@@ -29,7 +29,7 @@ def compress(
     mse_clip: Annotated[
         bool | None, typer.Option(help="Clip each group's range by least error.", rich_help_panel=HOW)
     ] = None,
-    act_order: Annotated[str | None, typer.Option(help="none, column or group.", rich_help_panel=HOW)] = None,
+    act_order: Annotated[str | None, typer.Option(help="none, column, group or static.", rich_help_panel=HOW)] = None,
     true_sequential: Annotated[
         bool | None, typer.Option(help="Layers see compressed predecessors.", rich_help_panel=HOW)
     ] = None,

@@ -9,13 +9,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+from ctp_kernels.gram import add_gram
 from torch import Tensor
 
 from ctp_cli.errors import ShapeError, SolverError
 
 log = logging.getLogger(__name__)
 
-_STRIP = 256
 _RETRIES = 5
 
 
@@ -42,12 +42,8 @@ class Hessian:
         if x_TI.dim() != 2 or x_TI.shape[1] != width:
             raise ShapeError(f"inputs of shape {tuple(x_TI.shape)} do not fit a Hessian of width {width}")
         self.tokens += x_TI.shape[0]
-        exact_bf16 = x_TI.dtype == torch.bfloat16
-        x_TI = x_TI.float()
-        with bf16_products(exact_bf16):
-            for start in range(0, width, _STRIP):  # H is symmetric: strips of the upper triangle are enough
-                stop = min(start + _STRIP, width)
-                self.H_II[start:stop, start:].addmm_(x_TI[:, start:stop].T, x_TI[:, start:])
+        with bf16_products(x_TI.dtype == torch.bfloat16):
+            add_gram(self.H_II, x_TI)
 
     def mean(self) -> Tensor:
         """(I, I) mean of x x^T over the tokens seen, symmetric; the identity if no input ever fired."""

@@ -34,7 +34,7 @@ class SolverRule:
     grid: GridRule | None
     pruner: Literal["sparsegpt", "wanda", "magnitude"] = "sparsegpt"
     quantizer: Literal["gptq", "rtn"] = "gptq"
-    act_order: Literal["none", "column", "group"] = "none"
+    act_order: Literal["none", "column", "group", "static"] = "none"
     dampening: float = 0.01
     keep_zeros: bool = False
     """Weights that are zero stay zero; for a model that is pruned already, with no mask of its own."""
@@ -49,6 +49,12 @@ class SolverRule:
         """Whether later inputs make up for the error of earlier ones."""
         prunes = self.mask is not None and self.pruner == "sparsegpt"
         return prunes or (self.grid is not None and self.quantizer == "gptq")
+
+    @property
+    def static_grids(self) -> bool:
+        """Whether all groups' grids are fitted before the first input is taken."""
+        grouped = self.grid is not None and self.grid.group_size is not None
+        return self.act_order == "static" and grouped and self.quantizer == "gptq"
 
 
 @dataclass(frozen=True)
@@ -87,7 +93,8 @@ def solve(weights_OI: list[Tensor], H_II: Tensor | None, rule: SolverRule, *, la
         need no calibration.
     Raises: SolverError, naming `layer`, if H cannot be factorized.
     Source: GPTQ (arXiv:2210.17323), SparseGPT (arXiv:2301.00774); the grid of a group is fitted when the solver arrives
-        at it, on weights that already carry all corrections.
+        at it, on weights that already carry all corrections. With act_order "static" inputs of all groups take turns,
+        so every group's grid is fitted before the first of them, on the weights given (static_groups in GPTQ).
     """
     W_IO = torch.cat([w.float() for w in weights_OI]).T.contiguous()
     spans = _spans([w.shape[0] for w in weights_OI])
@@ -105,8 +112,27 @@ def solve(weights_OI: list[Tensor], H_II: Tensor | None, rule: SolverRule, *, la
         done = _sweep(pruned.values_IO, None, None, rule.grid, pruned.keep_IO, spans)
     else:
         mask = None if fixed_keep_IO is not None else rule.mask
-        done = _sweep(W_IO, U_II, mask, rule.grid, fixed_keep_IO, spans)
+        static = _StaticGrids.fit(W_IO, rule.grid, fixed_keep_IO, order_I) if rule.static_grids else None
+        done = _sweep(W_IO, U_II, mask, rule.grid, fixed_keep_IO, spans, static)
     return [_solution(done, span, order_I, rule, dampening) for span in spans]
+
+
+@dataclass(frozen=True)
+class _StaticGrids:
+    """Grids of the groups as they lie in the layer, and the group of every input in the order in which it is taken."""
+
+    grids: list[Grid]
+    group_of: list[int]
+
+    @classmethod
+    def fit(cls, W_IO: Tensor, rule: GridRule | None, keep_IO: Tensor | None, order_I: Tensor) -> "_StaticGrids":
+        assert rule is not None and rule.group_size is not None
+        back_I = torch.argsort(order_I)
+        grids = [
+            fit_grid(W_IO[members], rule, keep_CO=None if keep_IO is None else keep_IO[members])
+            for members in back_I.split(rule.group_size)
+        ]
+        return cls(grids, (order_I // rule.group_size).tolist())
 
 
 @dataclass
@@ -133,7 +159,7 @@ def _order(H_II: Tensor | None, rule: SolverRule, in_features: int) -> Tensor:
     if H_II is None or rule.act_order == "none" or not rule.feeds_back:
         return torch.arange(in_features)
     energy_I = torch.diagonal(H_II)
-    if rule.act_order == "column":
+    if rule.act_order == "column" or rule.static_grids:
         return torch.argsort(energy_I, descending=True, stable=True)
     run = rule.mask.m if rule.mask is not None and rule.mask.m else 1
     group = rule.grid.group_size if rule.grid is not None and rule.grid.group_size else in_features
@@ -168,20 +194,24 @@ def _sweep(
     grid_rule: GridRule | None,
     fixed_keep_IO: Tensor | None,
     spans: list[slice],
+    static: _StaticGrids | None = None,
 ) -> _Swept:
     """Take every input once, in the order given; W_IO is consumed and holds the result afterwards."""
     in_features = W_IO.shape[0]
     size = block_size(mask, grid_rule, in_features)
     keep_IO = fixed_keep_IO if mask is None else torch.ones_like(W_IO, dtype=torch.bool)
     swept = _Swept(W_IO, keep_IO, torch.empty_like(W_IO, dtype=torch.uint8) if grid_rule else None, [])
-    if grid_rule is not None and grid_rule.group_size is None:
+    if static is not None:
+        swept.grids += static.grids
+    elif grid_rule is not None and grid_rule.group_size is None:
         swept.grids.append(fit_grid(W_IO, grid_rule, keep_CO=fixed_keep_IO))
     for start in range(0, in_features, size):
         stop = min(start + size, in_features)
         if mask is not None and keep_IO is not None:
             keep_IO[start:stop] = _block_mask(W_IO[start:stop], U_II, start, stop, mask, spans)
         with _one_thread():
-            errors_CO = _take_block(swept, U_II, grid_rule, start, stop)
+            group_of = None if static is None else static.group_of[start:stop]
+            errors_CO = _take_block(swept, U_II, grid_rule, start, stop, group_of)
         if U_II is not None and errors_CO is not None:
             W_IO[stop:].addmm_(U_II[start:stop, stop:].T, errors_CO, alpha=-1)
     return swept
@@ -208,8 +238,18 @@ def _block_mask(W_CO: Tensor, U_II: Tensor | None, start: int, stop: int, mask: 
     return torch.cat([keep_largest(score_CO[:, span].contiguous(), mask) for span in spans], dim=1)
 
 
-def _take_block(swept: _Swept, U_II: Tensor | None, grid_rule: GridRule | None, start: int, stop: int) -> Tensor | None:
-    """Round or prune inputs start..stop in place; the returned errors (C, O) are already divided by U_ii."""
+def _take_block(
+    swept: _Swept,
+    U_II: Tensor | None,
+    grid_rule: GridRule | None,
+    start: int,
+    stop: int,
+    group_of: list[int] | None = None,
+) -> Tensor | None:
+    """Round or prune inputs start..stop in place; the returned errors (C, O) are already divided by U_ii.
+
+    `group_of` holds the inputs' places among the grids, where those are fitted already.
+    """
     W_CO = swept.values_IO[start:stop]
     keep_CO = None if swept.keep_IO is None else swept.keep_IO[start:stop]
     group = grid_rule.group_size if grid_rule else None
@@ -220,7 +260,9 @@ def _take_block(swept: _Swept, U_II: Tensor | None, grid_rule: GridRule | None, 
     errors_CO = torch.empty_like(W_CO)
     diagonal = torch.diagonal(U_II)[start:stop].tolist()
     for column in range(stop - start):
-        if grid_rule is not None and group is not None and column % group == 0:
+        if group_of is not None:
+            grid = swept.grids[group_of[column]]
+        elif grid_rule is not None and group is not None and column % group == 0:
             ahead = slice(column, column + group)
             grid = fit_grid(W_CO[ahead], grid_rule, keep_CO=None if keep_CO is None else keep_CO[ahead])
             swept.grids.append(grid)
@@ -268,7 +310,10 @@ def _solution(done: _Swept, span: slice, order_I: Tensor, rule: SolverRule, damp
     if rule.grid is None or done.codes_IO is None:
         return Solution(weight_OI, None, keep_OI, dampening)
     group = rule.grid.group_size or order_I.numel()
-    g_idx_I, first = _group_index(order_I, back_I, group)
+    if rule.static_grids:
+        g_idx_I, first = (torch.arange(order_I.numel()) // group).int(), list(range(len(done.grids)))
+    else:
+        g_idx_I, first = _group_index(order_I, back_I, group)
     grids = [done.grids[i] for i in first]
     codes = Codes(
         codes_OI=done.codes_IO[back_I][:, span].T.contiguous(),

@@ -26,6 +26,8 @@ from ctp_cli.models.head import Scorer
 from ctp_cli.progress import SILENT, Progress
 
 _WARMUP_SHARE = 0.05
+_MOST_TOKENS = 512
+"""Tokens of one step. Two steps on halves of a window gain more than one on the whole (docs/compression.md)."""
 _GRADIENT_CLIP = 1.0
 
 
@@ -37,7 +39,7 @@ class Tuned:
     """By layer: what each group's scale is to be multiplied by, float32. Empty where weights were tuned."""
     first_divergence: float
     last_divergence: float
-    """KL from the full model in nats per token: of the first window, and the mean of the last eighth."""
+    """KL from the full model in nats per token: of the first sequence, and the mean of the last eighth."""
 
 
 class _Scaled(nn.Module):
@@ -96,9 +98,9 @@ def tune(
     learning_rate: float,
     progress: Progress = SILENT,
 ) -> Tuned:
-    """Bring the model's predictions closer to the full model's, one window after the other, in place.
+    """Bring the model's predictions closer to the full model's, one sequence after the other, in place.
 
-    Shapes: ids_NT (N, T), one step of AdamW per window, each seen once.
+    Shapes: ids_NT (N, T), one step of AdamW per window, or per 512 tokens of it where those divide it; each seen once.
     Units: group_size in inputs, None for one group per output. The learning rate is relative to scales, to a layer's
         root mean square weight, and absolute for norms and biases; it rises over 5% of the steps and falls as a cosine.
     Memory: `scales` adds little to the two models and one window's activations; `weights` 20 bytes per weight.
@@ -120,7 +122,8 @@ def tune(
         parametrize.register_parametrization(owner, name, change)
     try:
         changes = [change.change for *_, change in tuned]
-        divergences = _descend(scorer, full, ids_NT, changes, learning_rate, progress)
+        sequences_NT = ids_NT if ids_NT.shape[1] % _MOST_TOKENS else ids_NT.reshape(-1, _MOST_TOKENS)
+        divergences = _descend(scorer, full, sequences_NT, changes, learning_rate, progress)
     finally:
         for owner, name, _ in tuned:
             parametrize.remove_parametrizations(owner, name, leave_parametrized=True)
@@ -150,7 +153,7 @@ def _descend(
     progress: Progress,
 ) -> list[float]:
     steps = ids_NT.shape[0]
-    optimizer = torch.optim.AdamW(changes, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(changes, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     divergences: list[float] = []
     progress.start("tune", steps)
     for step, ids_T in enumerate(ids_NT):
@@ -160,7 +163,7 @@ def _descend(
         divergences.append(loss.item())
         if not math.isfinite(divergences[-1]):
             raise SolverError(
-                f"tuning: the divergence from the full model is {divergences[-1]} at window {step + 1}",
+                f"tuning: the divergence from the full model is {divergences[-1]} at step {step + 1}",
                 hint="use a smaller --tune-learning-rate, or --tune-windows 0",
             )
         optimizer.zero_grad()

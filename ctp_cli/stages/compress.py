@@ -251,6 +251,7 @@ class _Job:
                 desc_act=section.act_order == "column",
                 dampening=section.dampening,
                 true_sequential=section.true_sequential,
+                static_groups=rule.static_grids,
                 zero_offset=1 if section.symmetric else 0,
             ),
         )

@@ -66,14 +66,22 @@ def solve_reference(
     fraction: float | None = None,
     n_of_m: tuple[int, int] | None = None,
     dampening: float = 0.01,
+    static: np.ndarray | None = None,
 ) -> Reference:
-    """One layer, inputs in their given order; group None: one grid per output, fitted on the untouched weights."""
+    """One layer, inputs in their given order; group None: one grid per output, fitted on the untouched weights.
+
+    `static` holds the group of each input: grids of those groups, fitted on the untouched weights.
+    """
     W = W.astype(np.float64).copy()
     outputs, inputs = W.shape
     divisors, rows = elimination(H, dampening)
     codes, keep = np.zeros((outputs, inputs)), np.ones((outputs, inputs), dtype=bool)
     grids = [row_grid(W[o], bits, symmetric) for o in range(outputs)] if bits and group is None else []
+    groups = set() if static is None else set(static.tolist())
+    fixed = {g: [row_grid(w, bits, symmetric) for w in W[:, static == g]] for g in groups}
     for i in range(inputs):
+        if static is not None:
+            grids = fixed[static[i]]
         if i % MASK_SPAN == 0 and (fraction is not None or n_of_m is not None):
             span = slice(i, min(i + MASK_SPAN, inputs))
             keep[:, span] = _mask(W[:, span] ** 2 / divisors[span], fraction, n_of_m)

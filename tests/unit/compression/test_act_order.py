@@ -23,7 +23,7 @@ def dequantize(codes: Codes) -> np.ndarray:
 
 @pytest.mark.parametrize("sparsity", [None, 0.5])
 @pytest.mark.parametrize("group", [16, 32, None])
-@pytest.mark.parametrize("act_order", ["none", "column", "group"])
+@pytest.mark.parametrize("act_order", ["none", "column", "group", "static"])
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_stored_codes_mean_the_weight_whatever_the_order(
     symmetric: bool, act_order: str, group: int | None, sparsity: float | None
@@ -42,7 +42,7 @@ def test_stored_codes_mean_the_weight_whatever_the_order(
 
 
 @pytest.mark.parametrize("quantizer", ["gptq", "rtn"])
-@pytest.mark.parametrize("act_order", ["none", "group"])
+@pytest.mark.parametrize("act_order", ["none", "group", "static"])
 def test_groups_lie_where_they_lay_unless_columns_are_ordered_freely(act_order: str, quantizer: str) -> None:
     W, H, _ = correlated_problem(8, 96)
     rule = SolverRule(MaskRule(0.5), GridRule(4, 16, True, mse_clip=True), quantizer=quantizer, act_order=act_order)
@@ -72,7 +72,18 @@ def test_group_order_takes_the_strongest_group_first_and_within_it_the_strongest
     assert np.mean(ours.codes.codes_OI.numpy()[:, order] == reference.codes) > 0.985
 
 
-@pytest.mark.parametrize("act_order", ["column", "group"])
+def test_static_order_takes_the_strongest_inputs_first_and_keeps_the_scales_of_the_weights_as_given() -> None:
+    W, H, _ = correlated_problem(8, 96, spread=2.0)
+    order = np.argsort(-np.diag(H.numpy()), kind="stable")
+    rule = SolverRule(None, GridRule(4, 32, True, mse_clip=False), act_order="static")
+    (ours,) = solve([W], H, rule, layer="layer")
+    reference = solve_reference(W.numpy()[:, order], H.numpy()[order][:, order], bits=4, static=order // 32)
+    assert np.mean(ours.codes.codes_OI.numpy()[:, order] == reference.codes) > 0.985
+    largest = W.view(8, 3, 32).abs().amax(-1)
+    np.testing.assert_allclose(ours.codes.scales_OG.numpy(), 2 * largest.numpy() / 15, rtol=1e-3)
+
+
+@pytest.mark.parametrize("act_order", ["column", "group", "static"])
 def test_ordering_lowers_the_error_where_inputs_differ_in_strength(act_order: str) -> None:
     """Summed over seeds: a single draw may go the other way."""
     errors = {"none": 0.0, act_order: 0.0}

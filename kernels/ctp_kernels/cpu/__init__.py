@@ -1,0 +1,1 @@
+"""Kernels for processors, written in C++ and compiled at first use. Imports nothing by itself."""

@@ -1,0 +1,75 @@
+"""Compile a C++ file of this folder at first use, with the system's compiler, into a cache; load it by ctypes.
+
+    library = load("gram_bf16", needs=("avx512f", "avx512bw", "avx512_bf16"), flags=("-mavx512bf16",))
+
+A machine without the processor features or without a compiler gets None, and one line in the log that says why; the
+caller then does without.
+"""
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+log = logging.getLogger(__name__)
+
+_COMPILERS = ("c++", "g++", "clang++")
+_SECONDS = 120
+
+
+@functools.cache
+def load(name: str, *, needs: tuple[str, ...], flags: tuple[str, ...]) -> ctypes.CDLL | None:
+    """The shared library made of NAME.cpp, or None where this machine cannot run or make it.
+
+    `needs` are processor features by their names in /proc/cpuinfo; `flags` go to the compiler. The environment
+    variable CTP_NO_CPU_KERNELS=1 turns all of them off.
+    """
+    if os.environ.get("CTP_NO_CPU_KERNELS") == "1":
+        return None
+    if missing := [feature for feature in needs if feature not in cpu_features()]:
+        log.info("%s: not used, this processor has no %s", name, ", ".join(missing))
+        return None
+    try:
+        return ctypes.CDLL(str(_built(name, flags)))
+    except (OSError, subprocess.SubprocessError) as error:
+        log.info("%s: not used, it cannot be compiled here (%s)", name, error)
+        return None
+
+
+@functools.cache
+def cpu_features() -> frozenset[str]:
+    """What /proc/cpuinfo lists for the first processor; empty where there is no such file."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return frozenset()
+    return frozenset(next((line for line in lines if line.startswith("flags")), "").partition(":")[2].split())
+
+
+def _built(name: str, flags: tuple[str, ...]) -> Path:
+    source = Path(__file__).with_name(f"{name}.cpp")
+    compiler = next((found for found in map(shutil.which, _COMPILERS) if found), None)
+    if compiler is None:
+        raise OSError(f"no C++ compiler ({', '.join(_COMPILERS)})")
+    command = [compiler, "-O3", "-std=c++17", "-shared", "-fPIC", "-pthread", *flags]
+    key = hashlib.sha256(source.read_bytes() + repr((command, platform.machine())).encode()).hexdigest()[:16]
+    library = _cache_folder() / f"{name}-{key}.so"
+    if not library.exists():
+        library.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
+            made = Path(scratch) / library.name
+            subprocess.run([*command, str(source), "-o", str(made)], check=True, capture_output=True, timeout=_SECONDS)
+            made.replace(library)
+    return library
+
+
+def _cache_folder() -> Path:
+    if given := os.environ.get("CTP_CACHE"):
+        return Path(given) / "kernels"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ctp" / "kernels"
