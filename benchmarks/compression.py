@@ -57,7 +57,7 @@ def competitors(data: Path, gptq: Path | None, sparsegpt: Path | None) -> list[C
     ours += ("--windows", "{count}", "-q", "-o", "{out}")
     bits, peers = ("--bits", "4", "--group-size", "64"), HERE / "peers"
     found = [
-        Competitor(GPTQ, "ctp", (*ours, *bits, "--asymmetric")),
+        Competitor(GPTQ, "ctp", (*ours, *bits, "--asymmetric", "--act-order", "static")),
         Competitor(
             GPTQ, "GPTQModel", ("gptqmodel", str(peers / "with_gptqmodel.py"), "{model}", "{windows}", "{out}", *bits)
         ),

@@ -8,14 +8,14 @@ O=out_features I=in_features C=columns (inputs) of one block G=groups; weights a
 input's weights are contiguous
 """
 
-import contextlib
+import functools
 import itertools
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from ctp_kernels.sweep import Grids, sweep_columns
 from torch import Tensor
 
 from ctp_cli.compression.grid import Grid, GridRule, fit_grid
@@ -105,6 +105,7 @@ def solve(weights_OI: list[Tensor], H_II: Tensor | None, rule: SolverRule, *, la
     if feedback:
         assert H_II is not None, "error feedback needs a Hessian"
         U_II, dampening = inverse_factor(H_II[order_I][:, order_I], dampening=rule.dampening, layer=layer)
+        U_II = U_II.contiguous()
     fixed_keep_IO = _fixed_mask(W_IO, H_II, order_I, rule, spans)
     if rule.mask is not None and rule.grid is not None and rule.pruner == "sparsegpt" and rule.quantizer == "rtn":
         # rounding without feedback comes after pruning with it, or the corrections would be rounded away unseen
@@ -209,26 +210,11 @@ def _sweep(
         stop = min(start + size, in_features)
         if mask is not None and keep_IO is not None:
             keep_IO[start:stop] = _block_mask(W_IO[start:stop], U_II, start, stop, mask, spans)
-        with _one_thread():
-            group_of = None if static is None else static.group_of[start:stop]
-            errors_CO = _take_block(swept, U_II, grid_rule, start, stop, group_of)
+        group_of = None if static is None else static.group_of[start:stop]
+        errors_CO = _take_block(swept, U_II, grid_rule, start, stop, group_of)
         if U_II is not None and errors_CO is not None:
             W_IO[stop:].addmm_(U_II[start:stop, stop:].T, errors_CO, alpha=-1)
     return swept
-
-
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """The column loop is thousands of operations of microseconds each.
-
-    Handing them to a thread pool gains nothing, and on a machine that is busy otherwise every hand-over waits.
-    """
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _block_mask(W_CO: Tensor, U_II: Tensor | None, start: int, stop: int, mask: MaskRule, spans: list[slice]) -> Tensor:
@@ -252,36 +238,40 @@ def _take_block(
     """
     W_CO = swept.values_IO[start:stop]
     keep_CO = None if swept.keep_IO is None else swept.keep_IO[start:stop]
-    group = grid_rule.group_size if grid_rule else None
-    grid = swept.grids[0] if grid_rule is not None and group is None else None
     if U_II is None:
         _round_block(swept, grid_rule, start, stop)
         return None
     errors_CO = torch.empty_like(W_CO)
-    diagonal = torch.diagonal(U_II)[start:stop].tolist()
-    for column in range(stop - start):
-        if group_of is not None:
-            grid = swept.grids[group_of[column]]
-        elif grid_rule is not None and group is not None and column % group == 0:
-            ahead = slice(column, column + group)
-            grid = fit_grid(W_CO[ahead], grid_rule, keep_CO=None if keep_CO is None else keep_CO[ahead])
-            swept.grids.append(grid)
-        w_O = W_CO[column]
-        if grid is None:
-            q_O = w_O.clone()
-        else:
-            codes_O = grid.codes(w_O)
-            q_O = grid.values(codes_O)
-        if keep_CO is not None:
-            q_O.mul_(keep_CO[column])
-            if grid is not None:
-                codes_O = torch.where(keep_CO[column], codes_O, grid.zero_O)
-        if grid is not None and swept.codes_IO is not None:
-            swept.codes_IO[start + column] = codes_O.to(torch.uint8)
-        error_O = torch.sub(w_O, q_O, out=errors_CO[column]).div_(diagonal[column])
-        W_CO[column:].addr_(U_II[start + column, start + column : stop], error_O, alpha=-1)
-        W_CO[column] = q_O
+    take = functools.partial(
+        sweep_columns,
+        W_CO,
+        U_II[start:stop, start:stop],
+        errors_CO,
+        keep_CO=keep_CO,
+        codes_CO=None if swept.codes_IO is None else swept.codes_IO[start:stop],
+    )
+    width = stop - start
+    if grid_rule is None:
+        take(range(width), grids=None)
+    elif group_of is not None:
+        take(range(width), grids=_stacked(swept.grids, group_of))
+    elif grid_rule.group_size is None:
+        take(range(width), grids=_stacked(swept.grids, [0] * width))
+    else:
+        for first in range(0, width, grid_rule.group_size):
+            ahead = slice(first, first + grid_rule.group_size)
+            swept.grids.append(fit_grid(W_CO[ahead], grid_rule, keep_CO=None if keep_CO is None else keep_CO[ahead]))
+            take(range(width)[ahead], grids=_stacked(swept.grids[-1:], [0] * width))
     return errors_CO
+
+
+def _stacked(grids: list[Grid], group_of: list[int]) -> Grids:
+    return Grids(
+        torch.stack([grid.scale_O for grid in grids]),
+        torch.stack([grid.zero_O for grid in grids]),
+        torch.tensor(group_of, dtype=torch.int32),
+        grids[0].max_code,
+    )
 
 
 def _round_block(swept: _Swept, grid_rule: GridRule | None, start: int, stop: int) -> None:

@@ -23,6 +23,7 @@ from ctp_cli.data.windows import token_ids, windows
 from ctp_cli.errors import InputError, RecipeError, SolverError
 from ctp_cli.files import read_json, write_json
 from ctp_cli.models import embedded
+from ctp_cli.models.attention import fast_attention
 from ctp_cli.models.blocks import (
     Block,
     LinearLayer,
@@ -384,6 +385,12 @@ class _Run:
         self, folder: Path, rule: SolverRule, settings: gptq.GPTQSettings | None, ids_NT: Tensor
     ) -> list[dict[str, Any]]:
         """Solve every block and write it to its shard. What became of every layer."""
+        with fast_attention():
+            return self._solve_blocks(folder, rule, settings, ids_NT)
+
+    def _solve_blocks(
+        self, folder: Path, rule: SolverRule, settings: gptq.GPTQSettings | None, ids_NT: Tensor
+    ) -> list[dict[str, Any]]:
         names = writer.ShardNames(len(self.blocks))
         writer.write_shard(folder / names.outside(), writer.outside_tensors(self.network, self.blocks))
         batch = max(1, _BATCH_TOKENS // ids_NT.shape[1])

@@ -1,0 +1,81 @@
+// The inner loop of GPTQ and SparseGPT: take inputs one after the other, round or prune them, and hand each error on to
+// the inputs of the block that are still to come.
+//
+// C=inputs of a block O=outputs; all matrices are (C, O) with outputs contiguous. Outputs are independent of each
+// other: a strip of them over the whole block stays in the first-level cache.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <thread>
+#include <vector>
+
+namespace {
+
+constexpr int64_t kStrip = 64;
+
+struct Sweep {
+  float* W;              // (C, O), rounded and pruned from `first` to `last` afterwards, corrected behind that
+  int64_t outputs, first, last, inputs;
+  const float* U;        // (C, C) upper triangular, rows `stride` apart
+  int64_t stride;
+  const float *scales, *zeros;   // (G, O) or null: inputs are pruned only
+  const int32_t* group_of;       // (C,) row of `scales`
+  float max_code;
+  const uint8_t* keep;   // (C, O) 0 where pruned, or null
+  uint8_t* codes;        // (C, O) or null
+  float* errors;         // (C, O), divided by the diagonal of U
+};
+
+void strip(const Sweep& s, int64_t begin, int64_t end) {
+  const int64_t n = end - begin;
+  float error[kStrip];
+  for (int64_t c = s.first; c < s.last; ++c) {
+    float* w = s.W + c * s.outputs + begin;
+    const float diagonal = s.U[c * s.stride + c];
+    const uint8_t* keep = s.keep ? s.keep + c * s.outputs + begin : nullptr;
+    float value[kStrip], code[kStrip];
+    if (s.scales) {
+      const float* scale = s.scales + s.group_of[c] * s.outputs + begin;
+      const float* zero = s.zeros + s.group_of[c] * s.outputs + begin;
+      for (int64_t o = 0; o < n; ++o) {
+        float rounded = std::min(std::max(std::nearbyintf(w[o] / scale[o]) + zero[o], 0.0f), s.max_code);
+        if (keep) rounded = keep[o] ? rounded : zero[o];
+        code[o] = rounded;
+        value[o] = (rounded - zero[o]) * scale[o];
+      }
+      if (s.codes) {
+        uint8_t* out = s.codes + c * s.outputs + begin;
+        for (int64_t o = 0; o < n; ++o) out[o] = uint8_t(code[o]);
+      }
+    } else {
+      for (int64_t o = 0; o < n; ++o) value[o] = !keep || keep[o] ? w[o] : 0.0f;
+    }
+    float* out = s.errors + c * s.outputs + begin;
+    for (int64_t o = 0; o < n; ++o) out[o] = error[o] = (w[o] - value[o]) / diagonal;
+    for (int64_t later = c + 1; later < s.inputs; ++later) {
+      const float factor = s.U[c * s.stride + later];
+      float* target = s.W + later * s.outputs + begin;
+      for (int64_t o = 0; o < n; ++o) target[o] -= factor * error[o];
+    }
+    for (int64_t o = 0; o < n; ++o) w[o] = value[o];
+  }
+}
+
+void work(const Sweep& s, int64_t thread, int64_t threads) {
+  for (int64_t begin = thread * kStrip; begin < s.outputs; begin += threads * kStrip)
+    strip(s, begin, std::min(begin + kStrip, s.outputs));
+}
+
+}  // namespace
+
+extern "C" void sweep(
+    float* W, int64_t outputs, int64_t first, int64_t last, int64_t inputs, const float* U, int64_t stride,
+    const float* scales, const float* zeros, const int32_t* group_of, float max_code, const uint8_t* keep,
+    uint8_t* codes, float* errors, int64_t threads) {
+  const Sweep s{W, outputs, first, last, inputs, U, stride, scales, zeros, group_of, max_code, keep, codes, errors};
+  std::vector<std::thread> others;
+  for (int64_t t = 1; t < threads; ++t) others.emplace_back(work, std::cref(s), t, threads);
+  work(s, 0, threads);
+  for (auto& other : others) other.join();
+}

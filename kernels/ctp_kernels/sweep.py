@@ -1,0 +1,141 @@
+"""The inner loop of GPTQ and SparseGPT over one block of inputs.
+
+C=inputs of the block O=outputs G=grids
+"""
+
+import contextlib
+import ctypes
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ctp_kernels.cpu.build import load
+
+
+@dataclass(frozen=True)
+class Grids:
+    """Quantization grids of a block: value = scale * (code - zero), codes in 0..max_code.
+
+    scales_GO and zeros_GO are float32, contiguous; group_of_C, int32, is the grid of each input.
+    """
+
+    scales_GO: Tensor
+    zeros_GO: Tensor
+    group_of_C: Tensor
+    max_code: int
+
+
+def sweep_columns(
+    W_CO: Tensor,
+    U_CC: Tensor,
+    errors_CO: Tensor,
+    columns: range,
+    *,
+    grids: Grids | None,
+    keep_CO: Tensor | None,
+    codes_CO: Tensor | None,
+) -> None:
+    """Round and prune the inputs `columns` one after the other, in place, handing errors on to later ones.
+
+    Shapes: W_CO (C, O) float32, later inputs are corrected; U_CC (C, C) the block's part of the upper-triangular factor
+    of the inverse Hessian; errors_CO (C, O) float32 receives errors divided by U's diagonal; keep_CO (C, O) bool, False
+    where an input is pruned; codes_CO (C, O) uint8 receives codes, the zero point for pruned weights. All but U_CC
+    are contiguous, U_CC's rows are.
+    Without `grids` inputs are only pruned. On a CPU with a C++ compiler a compiled loop does it, threads taking
+    outputs; results are the same on any number of threads, and differ from those without it by rounding.
+    Source: GPTQ (arXiv:2210.17323), algorithm 1; SparseGPT (arXiv:2301.00774), algorithm 1.
+    """
+    kernel = _kernel() if W_CO.device.type == "cpu" else None
+    if kernel is not None:
+        kernel(
+            W_CO.data_ptr(),
+            W_CO.shape[1],
+            columns.start,
+            columns.stop,
+            W_CO.shape[0],
+            U_CC.data_ptr(),
+            U_CC.stride(0),
+            None if grids is None else grids.scales_GO.data_ptr(),
+            None if grids is None else grids.zeros_GO.data_ptr(),
+            None if grids is None else grids.group_of_C.data_ptr(),
+            0 if grids is None else grids.max_code,
+            None if keep_CO is None else keep_CO.data_ptr(),
+            None if codes_CO is None else codes_CO.data_ptr(),
+            errors_CO.data_ptr(),
+            torch.get_num_threads(),
+        )
+        return
+    with _one_thread():
+        _sweep(W_CO, U_CC, errors_CO, columns, grids=grids, keep_CO=keep_CO, codes_CO=codes_CO)
+
+
+def _sweep(
+    W_CO: Tensor,
+    U_CC: Tensor,
+    errors_CO: Tensor,
+    columns: range,
+    *,
+    grids: Grids | None,
+    keep_CO: Tensor | None,
+    codes_CO: Tensor | None,
+) -> None:
+    diagonal = torch.diagonal(U_CC).tolist()
+    group_of = [] if grids is None else grids.group_of_C.tolist()
+    for column in columns:
+        w_O = W_CO[column]
+        if grids is None:
+            q_O = w_O.clone()
+        else:
+            scale_O, zero_O = grids.scales_GO[group_of[column]], grids.zeros_GO[group_of[column]]
+            code_O = torch.div(w_O, scale_O).round_().add_(zero_O).clamp_(0, grids.max_code)
+            if keep_CO is not None:
+                code_O = torch.where(keep_CO[column], code_O, zero_O)
+            q_O = torch.sub(code_O, zero_O).mul_(scale_O)
+            if codes_CO is not None:
+                codes_CO[column] = code_O.to(torch.uint8)
+        if keep_CO is not None:
+            q_O.mul_(keep_CO[column])
+        error_O = torch.sub(w_O, q_O, out=errors_CO[column]).div_(diagonal[column])
+        W_CO[column:].addr_(U_CC[column, column:], error_O, alpha=-1)
+        W_CO[column] = q_O
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """The loop is thousands of operations of microseconds each.
+
+    Handing them to a thread pool gains nothing, and on a machine that is busy otherwise every hand-over waits.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _kernel() -> "ctypes._NamedFuncPointer | None":
+    library = load(
+        "sweep",
+        needs=("avx512f", "avx512bw", "avx512vl"),
+        flags=(
+            "-mavx512f",
+            "-mavx512bw",
+            "-mavx512vl",
+            "-mprefer-vector-width=512",
+            "-fno-math-errno",
+            "-fno-trapping-math",
+        ),
+    )
+    if library is None:
+        return None
+    function = library.sweep
+    pointer, number = ctypes.c_void_p, ctypes.c_int64
+    function.argtypes = [
+        *(pointer, number, number, number, number, pointer, number),
+        *(pointer, pointer, pointer, ctypes.c_float, pointer, pointer, pointer, number),
+    ]
+    function.restype = None
+    return function
