@@ -5,7 +5,7 @@ N=windows T=tokens per window P=prompt tokens D=embedding width
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from ctp_kernels.prefix import fresh_copy, prefix_cache
@@ -82,10 +82,8 @@ def perplexity(
     sums: list[Tensor] = []
     progress.start("perplexity", windows_NT.shape[0])
     for ids_BT in windows_NT.to(model.device).split(batch_size):
-        past: dict[str, Any] = (
-            {} if prefix is None else {"past_key_values": fresh_copy(prefix, batch_size=ids_BT.shape[0])}
-        )
-        nll_BT = scorer.nll(ids_BT, input_ids=ids_BT, **past)
+        past = None if prefix is None else fresh_copy(prefix, batch_size=ids_BT.shape[0])
+        nll_BT = scorer.nll(ids_BT, prefix=past, input_ids=ids_BT)
         sums.append(nll_BT.double().sum(dim=1).cpu())
         progress.advance(ids_BT.shape[0])
     progress.finish()

@@ -6,8 +6,10 @@ B=batch T=tokens N=positions D=hidden width V=vocabulary
 from typing import Any
 
 import torch
+from ctp_kernels.prefix import cache_keyword
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
 
 _CHUNK = 256
 """Positions whose logits are in memory at once."""
@@ -32,20 +34,20 @@ class Scorer:
         return torch.equal(head(self._hidden(input_ids=ids)), self.model(input_ids=ids, use_cache=False).logits)
 
     def _hidden(self, **inputs: Any) -> Tensor:
-        hidden: Tensor = self.model.base_model(
-            use_cache=inputs.get("past_key_values") is not None, **inputs
-        ).last_hidden_state
+        hidden: Tensor = self.model.base_model(**{"use_cache": False, **inputs}).last_hidden_state
         return hidden
 
-    def nll(self, labels_BT: Tensor, *, skip: int = 0, **inputs: Any) -> Tensor:
+    def nll(self, labels_BT: Tensor, *, skip: int = 0, prefix: Cache | None = None, **inputs: Any) -> Tensor:
         """Loss of each label but the first of each row, (B, T - 1) float32; differentiable in `inputs_embeds`.
 
-        `inputs` go to the model as they are; its first `skip` output positions (a prompt given as embeddings) are left
-        out of the head altogether.
+        `inputs` go to the model as they are, behind the keys and values of `prefix`, which grows. The first `skip` of
+        the model's output positions (a prompt given as embeddings) are left out of the head altogether.
         """
         targets_BT = labels_BT[:, 1:]
+        if prefix is not None:
+            inputs |= {cache_keyword(self.model): prefix, "use_cache": True}
         if self.head is None:
-            logits = self.model(use_cache=inputs.get("past_key_values") is not None, **inputs).logits[:, skip:-1]
+            logits = self.model(**{"use_cache": False, **inputs}).logits[:, skip:-1]
             flat = nn.functional.cross_entropy(logits.float().flatten(0, 1), targets_BT.flatten(), reduction="none")
             return flat.view(targets_BT.shape)
         hidden_ND = self._hidden(**inputs)[:, skip:-1].flatten(0, 1)

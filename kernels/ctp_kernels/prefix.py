@@ -1,7 +1,7 @@
 """A soft prompt is a prefix: its keys and values are the same for every input, so they are computed once.
 
     prefix = prefix_cache(model, prompt_PD)
-    logits_BTV = model(ids_BT, past_key_values=fresh_copy(prefix, batch_size=B)).logits
+    logits_BTV = model(ids_BT, **{cache_keyword(model): fresh_copy(prefix, batch_size=B)}).logits
 
 gives what `model(inputs_embeds=[prompt, text])` gives at the positions of the text. No mask or positions
 need to be passed: transformers derives both from the cache's length, for learned, rotary and ALiBi
@@ -10,6 +10,7 @@ positions alike. A mask, where one is needed for padding, covers prompt and text
 
 # P=prompt_tokens D=embedding_width B=batch T=tokens V=vocabulary H=heads C=head_width
 import copy
+import inspect
 from typing import Any
 
 import torch
@@ -30,7 +31,17 @@ def prefix_cache(model: nn.Module, prompt_embeddings: Tensor) -> Cache:
     if not len(prompt_embeddings):
         raise ValueError("a prefix needs at least one prompt row")
     inputs_1PD = prompt_embeddings.to(embedding.device, embedding.dtype)[None]
-    cache: Cache = model(inputs_embeds=inputs_1PD, use_cache=True, logits_to_keep=1).past_key_values
+    return cache_of(model(inputs_embeds=inputs_1PD, use_cache=True, logits_to_keep=1))
+
+
+def cache_keyword(model: nn.Module) -> str:
+    """What the model's forward calls its cache: `cache` since transformers 5.24, `past_key_values` before."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
+def cache_of(output: Any) -> Cache:
+    """The cache in a model's output, under either name."""
+    cache: Cache = output.cache if hasattr(output, "cache") else output.past_key_values
     return cache
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from ctp_kernels.memory import PeakMemory, watch_peak, weight_bytes
-from ctp_kernels.prefix import cache_bytes, check_width, fresh_copy, prefix_cache
+from ctp_kernels.prefix import cache_bytes, cache_keyword, cache_of, check_width, fresh_copy, prefix_cache
 
 __all__ = [
     "Configuration",
@@ -197,6 +197,7 @@ class _Bench:
         self.prompt_PD = prompt_PD.to(self.device, self.embedding.weight.dtype)
         self.text_1T = _random_ids(self.embedding, seqlen, generator)[None]
         self.new_tokens = new_tokens
+        self.cache_keyword = cache_keyword(model)
         self.prefixes = {t: prefix_cache(model, self.prompt_PD[: t.prompt_tokens]) for t in turns if t.prefix_reused}
 
     def run(self, turn: Configuration) -> Sample:
@@ -205,7 +206,7 @@ class _Bench:
         token_11, cache = self._next(**self._first_inputs(turn))
         first = self._now()
         for _ in range(self.new_tokens - 1):
-            token_11, cache = self._next(input_ids=token_11, past_key_values=cache)
+            token_11, cache = self._next(input_ids=token_11, **{self.cache_keyword: cache})
         ended = self._now()
         return Sample((first - started) * 1000, (ended - first) * 1000 / (self.new_tokens - 1))
 
@@ -220,7 +221,7 @@ class _Bench:
         if turn.prefix_reused:
             return {
                 "input_ids": self.text_1T,
-                "past_key_values": fresh_copy(self.prefixes[turn], batch_size=1),
+                self.cache_keyword: fresh_copy(self.prefixes[turn], batch_size=1),
             }
         if not turn.prompt_tokens:
             return {"input_ids": self.text_1T}
@@ -230,7 +231,7 @@ class _Bench:
     def _next(self, **inputs: Any) -> tuple[Tensor, Cache]:
         # as serving engines do, the head runs on the last position only
         output = self.model(**inputs, use_cache=True, logits_to_keep=1)
-        return output.logits[:, -1].argmax(-1, keepdim=True), output.past_key_values
+        return output.logits[:, -1].argmax(-1, keepdim=True), cache_of(output)
 
     def _now(self) -> float:
         if self.device.type != "cpu":  # work is only queued there

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import transformers
-from ctp_kernels.prefix import cache_bytes, fresh_copy, prefix_cache
+from ctp_kernels.prefix import cache_bytes, cache_keyword, fresh_copy, prefix_cache
 
 WIDTH, PROMPT, TEXT = 32, 5, 7
 _COMMON = {"vocab_size": 64, "hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -54,7 +54,7 @@ def _oracle(model, prompt_PD, text_BT):
 def test_text_after_a_reused_prefix_scores_as_with_the_prompt_in_front(model):
     prompt_PD, text_BT = _inputs(model, batch_size=3)
     prefix = prefix_cache(model, prompt_PD)
-    logits = model(text_BT, past_key_values=fresh_copy(prefix, batch_size=3)).logits
+    logits = model(text_BT, **{cache_keyword(model): fresh_copy(prefix, batch_size=3)}).logits
     torch.testing.assert_close(logits, _oracle(model, prompt_PD, text_BT), atol=1e-5, rtol=1e-4)
 
 
@@ -63,7 +63,7 @@ def test_a_full_attention_mask_changes_nothing(model):
     prompt_PD, text_BT = _inputs(model, batch_size=2)
     prefix = prefix_cache(model, prompt_PD)
     mask = torch.ones(2, PROMPT + TEXT, dtype=torch.long)
-    logits = model(text_BT, past_key_values=fresh_copy(prefix, batch_size=2), attention_mask=mask).logits
+    logits = model(text_BT, **{cache_keyword(model): fresh_copy(prefix, batch_size=2)}, attention_mask=mask).logits
     torch.testing.assert_close(logits, _oracle(model, prompt_PD, text_BT), atol=1e-5, rtol=1e-4)
 
 
@@ -71,7 +71,7 @@ def test_a_full_attention_mask_changes_nothing(model):
 def test_decoding_token_by_token_goes_on_from_the_prefix(model):
     prompt_PD, text_1T = _inputs(model)
     cache = fresh_copy(prefix_cache(model, prompt_PD), batch_size=1)
-    steps = [model(text_1T[:, i : i + 1], past_key_values=cache).logits for i in range(TEXT)]
+    steps = [model(text_1T[:, i : i + 1], **{cache_keyword(model): cache}).logits for i in range(TEXT)]
     torch.testing.assert_close(torch.cat(steps, 1), _oracle(model, prompt_PD, text_1T), atol=1e-5, rtol=1e-4)
 
 
@@ -80,8 +80,8 @@ def test_the_prefix_is_the_same_after_it_was_used(model):
     prompt_PD, text_BT = _inputs(model, batch_size=2)
     prefix = prefix_cache(model, prompt_PD)
     before = [(layer.keys.clone(), layer.values.clone()) for layer in prefix.layers]
-    first = model(text_BT, past_key_values=fresh_copy(prefix, batch_size=2)).logits
-    again = model(text_BT, past_key_values=fresh_copy(prefix, batch_size=2)).logits
+    first = model(text_BT, **{cache_keyword(model): fresh_copy(prefix, batch_size=2)}).logits
+    again = model(text_BT, **{cache_keyword(model): fresh_copy(prefix, batch_size=2)}).logits
     assert torch.equal(first, again)
     assert prefix.get_seq_length() == PROMPT
     for layer, (keys, values) in zip(prefix.layers, before, strict=True):

@@ -43,7 +43,7 @@ class _Forwards:
         model.register_forward_hook(lambda _model, _args, output: self.made.append(output.logits.shape[1]))
 
     def _before(self, _model, _args, kwargs):
-        cache = kwargs.get("past_key_values")
+        cache = kwargs.get("cache", kwargs.get("past_key_values"))
         inputs = kwargs["input_ids"] if "input_ids" in kwargs else kwargs["inputs_embeds"]
         self.seen.append((cache.get_seq_length() if cache else 0, inputs.shape[1]))
 
