@@ -3,8 +3,8 @@
 // A product of two bfloat16 numbers is exact in float32, so nothing is rounded but the sums. PyTorch has no such
 // product: its bfloat16 matmul rounds the result to bfloat16, and its float32 one does half as many products a second.
 //
-// T=tokens I=width of x. Tokens are taken in runs that fit the second-level cache; two tokens share a 32-bit lane, as
-// the instruction wants them. A tile of H, 6 rows of 64 columns, stays in registers over a run.
+// T=tokens I=width of x. Tokens are taken in runs; two tokens share a 32-bit lane, as the instruction wants them. Columns
+// lie in panels, so that a tile of H, 8 rows of 48 columns, stays in registers while it reads two streams of memory.
 
 #include <immintrin.h>
 
@@ -17,43 +17,46 @@
 
 namespace {
 
-constexpr int64_t kPairs = 128;  // tokens of a run, halved: 1536 columns are then 768 KB
-constexpr int64_t kRows = 6;
-constexpr int64_t kColumns = 64;
-constexpr int64_t kPadding = 192;  // a multiple of both
+constexpr int64_t kPairs = 256;  // tokens of a run, halved
+constexpr int64_t kRows = 8;
+constexpr int64_t kVectors = 3;
+constexpr int64_t kColumns = 16 * kVectors;  // of a panel, and of a tile
+constexpr int64_t kPanel = kPairs * kColumns;
 
-// pairs[p][i] = x[2p][i] in the low half, x[2p + 1][i] in the high half; zeros beyond the last token and column
-void pair_up(const uint16_t* x, int64_t tokens, int64_t width, int64_t stride, int64_t padded, uint32_t* pairs) {
+// panels[i / 48][p][i % 48] = x[2p][i] in the low half, x[2p + 1][i] in the high half; zeros beyond the last of each
+void pair_up(const uint16_t* x, int64_t tokens, int64_t width, int64_t stride, uint32_t* panels) {
+  const std::vector<uint16_t> nothing(width, 0);
   for (int64_t p = 0; p < kPairs; ++p) {
-    uint32_t* out = pairs + p * padded;
-    const uint16_t* low = x + 2 * p * stride;
-    const uint16_t* high = low + stride;
-    const bool has_low = 2 * p < tokens, has_high = 2 * p + 1 < tokens;
-    for (int64_t i = 0; i < width; ++i) {
-      out[i] = (has_low ? low[i] : 0u) | (has_high ? uint32_t(high[i]) << 16 : 0u);
+    const uint16_t* low = 2 * p < tokens ? x + 2 * p * stride : nothing.data();
+    const uint16_t* high = 2 * p + 1 < tokens ? x + (2 * p + 1) * stride : nothing.data();
+    for (int64_t begin = 0; begin < width; begin += kColumns) {
+      uint32_t* out = panels + begin * kPairs + p * kColumns;
+      const int64_t count = std::min(kColumns, width - begin);
+      for (int64_t i = 0; i < count; ++i) out[i] = low[begin + i] | uint32_t(high[begin + i]) << 16;
     }
   }
 }
 
 inline __m512bh as_bf16(__m512i bits) { return (__m512bh)bits; }
 
-void tile(const uint32_t* pairs, int64_t padded, int64_t width, int64_t row, int64_t column, float* H) {
-  __m512 sums[kRows][4];
+void tile(const uint32_t* panels, int64_t width, int64_t row, int64_t column, float* H) {
+  __m512 sums[kRows][kVectors];
   for (auto& sums_of_row : sums)
     for (auto& sum : sums_of_row) sum = _mm512_setzero_ps();
-  for (int64_t p = 0; p < kPairs; ++p) {
-    const uint32_t* here = pairs + p * padded;
-    __m512bh columns[4];
-    for (int c = 0; c < 4; ++c) columns[c] = as_bf16(_mm512_loadu_si512(here + column + 16 * c));
-#pragma GCC unroll 6
+  const uint32_t* row_values = panels + row / kColumns * kPanel + row % kColumns;
+  const uint32_t* column_values = panels + column / kColumns * kPanel;
+  for (int64_t p = 0; p < kPairs; ++p, row_values += kColumns, column_values += kColumns) {
+    __m512bh columns[kVectors];
+    for (int c = 0; c < kVectors; ++c) columns[c] = as_bf16(_mm512_loadu_si512(column_values + 16 * c));
+#pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
-      const __m512bh value = as_bf16(_mm512_set1_epi32(int(here[row + r])));
-#pragma GCC unroll 4
-      for (int c = 0; c < 4; ++c) sums[r][c] = _mm512_dpbf16_ps(sums[r][c], value, columns[c]);
+      const __m512bh value = as_bf16(_mm512_set1_epi32(int(row_values[r])));
+#pragma GCC unroll 3
+      for (int c = 0; c < kVectors; ++c) sums[r][c] = _mm512_dpbf16_ps(sums[r][c], value, columns[c]);
     }
   }
   for (int64_t r = 0; r < std::min(kRows, width - row); ++r) {
-    for (int c = 0; c < 4; ++c) {
+    for (int c = 0; c < kVectors; ++c) {
       const int64_t left = width - (column + 16 * c);
       if (left <= 0) break;
       const __mmask16 mask = left >= 16 ? 0xFFFF : __mmask16((1u << left) - 1);
@@ -65,13 +68,12 @@ void tile(const uint32_t* pairs, int64_t padded, int64_t width, int64_t row, int
 
 // rows of tiles first, first + step, ...: the triangle's long and short rows are dealt out evenly
 void work(const uint16_t* x, int64_t tokens, int64_t width, int64_t stride, float* H, int64_t first, int64_t step) {
-  const int64_t padded = (width + kPadding - 1) / kPadding * kPadding;
-  std::vector<uint32_t> pairs(kPairs * padded, 0);
+  std::vector<uint32_t> panels((width + kColumns - 1) / kColumns * kPanel, 0);
   for (int64_t start = 0; start < tokens; start += 2 * kPairs) {
-    pair_up(x + start * stride, tokens - start, width, stride, padded, pairs.data());
-    for (int64_t row = first * kRows; row < width; row += step * kRows)
-      for (int64_t column = row / kColumns * kColumns; column < width; column += kColumns)
-        tile(pairs.data(), padded, width, row, column, H);
+    pair_up(x + start * stride, tokens - start, width, stride, panels.data());
+    for (int64_t column = 0; column < width; column += kColumns)
+      for (int64_t row = first * kRows; row < std::min(column + kColumns, width); row += step * kRows)
+        tile(panels.data(), width, row, column, H);
   }
 }
 
