@@ -452,7 +452,8 @@ class _SharedInputs:
 
 
 def _refuse_nan(block: Block, hidden_BTD: list[Tensor]) -> None:
-    if not all(torch.isfinite(x_BTD).all() for x_BTD in hidden_BTD):
+    # the extremes alone: NaN and infinity show in them, and nothing of the states' size has to be made
+    if not all(torch.isfinite(torch.stack(torch.aminmax(x_BTD))).all() for x_BTD in hidden_BTD):
         raise SolverError(
             f"{block.name}: its outputs hold NaN or infinity",
             hint="does the uncompressed model run on this text?",
