@@ -42,7 +42,8 @@ from ctp_cli.recipe import CompressSection
 
 KIND = "compressed-checkpoint"
 AUTO_GROUP_SIZES = (128, 64, 32)
-_BATCH_TOKENS = 8192
+_BATCH_TOKENS = {"cpu": 2048, "cuda": 8192}
+"""Tokens that go through a block at once: what fits a processor's caches, what fills a GPU."""
 _TUNED = "tuned.json"
 _PRUNED = "pruned"
 
@@ -393,7 +394,7 @@ class _Run:
     ) -> list[dict[str, Any]]:
         names = writer.ShardNames(len(self.blocks))
         writer.write_shard(folder / names.outside(), writer.outside_tensors(self.network, self.blocks))
-        batch = max(1, _BATCH_TOKENS // ids_NT.shape[1])
+        batch = max(1, _BATCH_TOKENS.get(ids_NT.device.type, 2048) // ids_NT.shape[1])
         state = start_walk(self.network, self.blocks, [(ids_BT, None) for ids_BT in ids_NT.split(batch)])
         self.progress.start("quantize" if rule.keep_zeros else "compress", len(self.blocks))
         report: list[dict[str, Any]] = []
