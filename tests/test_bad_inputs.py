@@ -58,7 +58,7 @@ COMPRESS_CASES = {
     "bits out of range": (["--bits", "5"], ["2, 3, 4 or 8"]),
     "group that does not divide": (["--bits", "4", "--group-size", "48"], ["48", "q_proj", "use a divisor"]),
     "m that does not divide": (["--sparsity", "2:7"], ["does not divide", "q_proj"]),
-    "unknown act order": (["--bits", "4", "--act-order", "sideways"], ["'none', 'column' or 'group'"]),
+    "unknown act order": (["--bits", "4", "--act-order", "sideways"], ["'none', 'column', 'group' or 'static'"]),
     "gptq without bits": (["--sparsity", "0.5", "--format", "gptq"], ["gptq", "give bits"]),
     "dampening": (["--bits", "4", "--dampening", "2"], ["dampening", "less than 1"]),
     "full target without true-sequential": (

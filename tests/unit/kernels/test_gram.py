@@ -67,7 +67,7 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
 def test_without_a_compiler_or_a_feature_the_kernel_is_left_out_and_the_log_says_why(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level(logging.INFO)
+    caplog.set_level(logging.INFO, logger=build.log.name)
     assert build.load.__wrapped__("gram_bf16", needs=("no_such_feature",), flags=()) is None
     assert "no_such_feature" in caplog.text
     monkeypatch.setattr(shutil, "which", lambda _name: None)
