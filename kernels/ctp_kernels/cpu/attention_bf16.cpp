@@ -9,8 +9,9 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <thread>
 #include <vector>
+
+#include "threads.h"
 
 namespace {
 
@@ -160,11 +161,6 @@ class Head {
   std::vector<uint32_t> weights_;
 };
 
-void work(const Attention& a, int64_t thread, int64_t threads) {
-  Head head(a);
-  for (int64_t i = thread; i < a.batch * a.heads; i += threads) head.run(i / a.heads, i % a.heads);
-}
-
 }  // namespace
 
 // sizes: batch, heads, key heads, tokens, width; strides: of q, k and v, three each (batch, head, token)
@@ -175,8 +171,8 @@ extern "C" void attention_bf16(
   std::copy(strides, strides + 3, a.q_strides);
   std::copy(strides + 3, strides + 6, a.k_strides);
   std::copy(strides + 6, strides + 9, a.v_strides);
-  std::vector<std::thread> others;
-  for (int64_t t = 1; t < threads; ++t) others.emplace_back(work, std::cref(a), t, threads);
-  work(a, 0, threads);
-  for (auto& other : others) other.join();
+  in_parallel(threads, [&](int64_t thread) {
+    Head head(a);
+    for (int64_t i = thread; i < a.batch * a.heads; i += threads) head.run(i / a.heads, i % a.heads);
+  });
 }

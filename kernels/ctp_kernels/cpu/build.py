@@ -58,7 +58,8 @@ def _built(name: str, flags: tuple[str, ...]) -> Path:
     if compiler is None:
         raise OSError(f"no C++ compiler ({', '.join(_COMPILERS)})")
     command = [compiler, "-O3", "-std=c++17", "-shared", "-fPIC", "-pthread", *flags]
-    key = hashlib.sha256(source.read_bytes() + repr((command, platform.machine())).encode()).hexdigest()[:16]
+    sources = b"".join(path.read_bytes() for path in (source, *sorted(source.parent.glob("*.h"))))
+    key = hashlib.sha256(sources + repr((command, platform.machine())).encode()).hexdigest()[:16]
     library = _cache_folder() / f"{name}-{key}.so"
     if not library.exists():
         library.parent.mkdir(parents=True, exist_ok=True)

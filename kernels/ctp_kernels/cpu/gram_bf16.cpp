@@ -12,8 +12,9 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
-#include <thread>
 #include <vector>
+
+#include "threads.h"
 
 namespace {
 
@@ -81,8 +82,5 @@ void work(const uint16_t* x, int64_t tokens, int64_t width, int64_t stride, floa
 
 extern "C" void gram_bf16(
     const uint16_t* x, int64_t tokens, int64_t width, int64_t stride, float* H, int64_t threads) {
-  std::vector<std::thread> others;
-  for (int64_t t = 1; t < threads; ++t) others.emplace_back(work, x, tokens, width, stride, H, t, threads);
-  work(x, tokens, width, stride, H, 0, threads);
-  for (auto& other : others) other.join();
+  in_parallel(threads, [=](int64_t thread) { work(x, tokens, width, stride, H, thread, threads); });
 }

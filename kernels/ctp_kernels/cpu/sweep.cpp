@@ -7,8 +7,8 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <thread>
-#include <vector>
+
+#include "threads.h"
 
 namespace {
 
@@ -62,11 +62,6 @@ void strip(const Sweep& s, int64_t begin, int64_t end) {
   }
 }
 
-void work(const Sweep& s, int64_t thread, int64_t threads) {
-  for (int64_t begin = thread * kStrip; begin < s.outputs; begin += threads * kStrip)
-    strip(s, begin, std::min(begin + kStrip, s.outputs));
-}
-
 }  // namespace
 
 extern "C" void sweep(
@@ -74,8 +69,8 @@ extern "C" void sweep(
     const float* scales, const float* zeros, const int32_t* group_of, float max_code, const uint8_t* keep,
     uint8_t* codes, float* errors, int64_t threads) {
   const Sweep s{W, outputs, first, last, inputs, U, stride, scales, zeros, group_of, max_code, keep, codes, errors};
-  std::vector<std::thread> others;
-  for (int64_t t = 1; t < threads; ++t) others.emplace_back(work, std::cref(s), t, threads);
-  work(s, 0, threads);
-  for (auto& other : others) other.join();
+  in_parallel(threads, [&](int64_t thread) {
+    for (int64_t begin = thread * kStrip; begin < outputs; begin += threads * kStrip)
+      strip(s, begin, std::min(begin + kStrip, outputs));
+  });
 }
