@@ -1,16 +1,17 @@
 """Quantization grids: b-bit codes, a scale and an integer zero point per output and group.
 
-O=out_features C=columns (inputs of one group); value = scale * (code - zero)
+O=out_features C=columns (inputs of one group) K=candidate grids; value = scale * (code - zero)
 """
 
 from dataclasses import dataclass
 
 import torch
+from ctp_kernels.sweep import rounding_errors
 from torch import Tensor
 
-# Ranges tried by the clip search, as shares of the full range. Above 1 only a symmetric grid gains: its negative
-# side has one code more than its positive side.
-_SHRINK = torch.cat([torch.arange(0.30, 1.0, 0.05), torch.tensor([1.0, 1.08, 1.16, 1.25])])
+# Ranges tried by the clip search, as shares of the full range, which is the first. Above 1 only a symmetric grid gains:
+# its negative side has one code more than its positive side.
+_SHARES = torch.cat([torch.tensor([1.0]), torch.arange(0.30, 1.0, 0.05), torch.tensor([1.08, 1.16, 1.25])])
 
 
 @dataclass(frozen=True)
@@ -59,27 +60,18 @@ def fit_grid(w_CO: Tensor, rule: GridRule, *, keep_CO: Tensor | None = None) -> 
     if rule.symmetric:
         high_O = torch.maximum(-low_O, high_O)
         low_O = -high_O
-    best = _grid(low_O, high_O, rule)
     if not rule.mse_clip:
-        return best
-    error_O = _error(w_CO, best)
-    scale_O, zero_O = best.scale_O.clone(), best.zero_O.clone()
-    for shrink in _SHRINK.tolist():
-        grid = _grid(low_O * shrink, high_O * shrink, rule)
-        candidate_O = _error(w_CO, grid)
-        better = candidate_O < error_O
-        error_O = torch.where(better, candidate_O, error_O)
-        scale_O = torch.where(better, grid.scale_O, scale_O)
-        zero_O = torch.where(better, grid.zero_O, zero_O)
-    return Grid(scale_O, zero_O, rule.max_code)
-
-
-def _error(w_CO: Tensor, grid: Grid) -> Tensor:
+        return _grids(low_O, high_O, rule)
+    shares_K1 = _SHARES.to(w_CO.device)[:, None]
+    tried = _grids(low_O * shares_K1, high_O * shares_K1, rule)
     # pruned weights are zeros here and zero is on every grid, so they add nothing
-    return (grid.round(w_CO) - w_CO).square_().sum(0)
+    errors_KO = rounding_errors(w_CO.contiguous(), tried.scale_O, tried.zero_O, rule.max_code)
+    best_1O = errors_KO.argmin(0, keepdim=True)
+    return Grid(tried.scale_O.gather(0, best_1O)[0], tried.zero_O.gather(0, best_1O)[0], rule.max_code)
 
 
-def _grid(low_O: Tensor, high_O: Tensor, rule: GridRule) -> Grid:
+def _grids(low_O: Tensor, high_O: Tensor, rule: GridRule) -> Grid:
+    """Of ranges (O,) or, of several at once, (K, O)."""
     steps_O: Tensor | int = rule.max_code
     if not rule.symmetric:
         # the zero point is at least 1, so without negative weights one code below zero goes unused

@@ -1,6 +1,6 @@
-"""The inner loop of GPTQ and SparseGPT over one block of inputs.
+"""The inner loop of GPTQ and SparseGPT over one block of inputs, and what grids would cost there.
 
-C=inputs of the block O=outputs G=grids
+C=inputs of the block O=outputs G=grids K=candidate grids
 """
 
 import contextlib
@@ -47,9 +47,9 @@ def sweep_columns(
     outputs; results are the same on any number of threads, and differ from those without it by rounding.
     Source: GPTQ (arXiv:2210.17323), algorithm 1; SparseGPT (arXiv:2301.00774), algorithm 1.
     """
-    kernel = _kernel() if W_CO.device.type == "cpu" else None
-    if kernel is not None:
-        kernel(
+    library = _library() if W_CO.device.type == "cpu" else None
+    if library is not None:
+        library.sweep(
             W_CO.data_ptr(),
             W_CO.shape[1],
             columns.start,
@@ -116,7 +116,26 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _kernel() -> "ctypes._NamedFuncPointer | None":
+def rounding_errors(w_CO: Tensor, scales_KO: Tensor, zeros_KO: Tensor, max_code: int) -> Tensor:
+    """(K, O): the squared errors of rounding w to each of K grids, summed over inputs.
+
+    Shapes: w_CO (C, O), scales_KO and zeros_KO (K, O), all float32 and contiguous. Compiled as `sweep_columns` is.
+    """
+    library = _library() if w_CO.device.type == "cpu" else None
+    errors_KO = torch.empty_like(scales_KO)
+    if library is not None:
+        w, scales, zeros, errors = (x.data_ptr() for x in (w_CO, scales_KO, zeros_KO, errors_KO))
+        library.rounding_errors(
+            w, *w_CO.shape, scales, zeros, scales_KO.shape[0], max_code, errors, torch.get_num_threads()
+        )
+        return errors_KO
+    for scale_O, zero_O, error_O in zip(scales_KO, zeros_KO, errors_KO, strict=True):
+        codes_CO = torch.div(w_CO, scale_O).round_().add_(zero_O).clamp_(0, max_code)
+        torch.sum(codes_CO.sub_(zero_O).mul_(scale_O).sub_(w_CO).square_(), 0, out=error_O)
+    return errors_KO
+
+
+def _library() -> ctypes.CDLL | None:
     library = load(
         "sweep",
         needs=("avx512f", "avx512bw", "avx512vl"),
@@ -131,11 +150,11 @@ def _kernel() -> "ctypes._NamedFuncPointer | None":
     )
     if library is None:
         return None
-    function = library.sweep
-    pointer, number = ctypes.c_void_p, ctypes.c_int64
-    function.argtypes = [
+    pointer, number, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+    library.sweep.argtypes = [
         *(pointer, number, number, number, number, pointer, number),
-        *(pointer, pointer, pointer, ctypes.c_float, pointer, pointer, pointer, number),
+        *(pointer, pointer, pointer, real, pointer, pointer, pointer, number),
     ]
-    function.restype = None
-    return function
+    library.rounding_errors.argtypes = [pointer, number, number, pointer, pointer, number, real, pointer, number]
+    library.sweep.restype = library.rounding_errors.restype = None
+    return library

@@ -3,6 +3,7 @@
 //
 // C=inputs of a block O=outputs; all matrices are (C, O) with outputs contiguous. Outputs are independent of each
 // other: a strip of them over the whole block stays in the first-level cache.
+// Beside it the search for grids: what rounding to each of several grids would cost.
 
 #include <algorithm>
 #include <cmath>
@@ -27,6 +28,10 @@ struct Sweep {
   float* errors;         // (C, O), divided by the diagonal of U
 };
 
+inline float nearest_code(float w, float scale, float zero, float max_code) {
+  return std::min(std::max(std::nearbyintf(w / scale) + zero, 0.0f), max_code);
+}
+
 void strip(const Sweep& s, int64_t begin, int64_t end) {
   const int64_t n = end - begin;
   float error[kStrip];
@@ -39,7 +44,7 @@ void strip(const Sweep& s, int64_t begin, int64_t end) {
       const float* scale = s.scales + s.group_of[c] * s.outputs + begin;
       const float* zero = s.zeros + s.group_of[c] * s.outputs + begin;
       for (int64_t o = 0; o < n; ++o) {
-        float rounded = std::min(std::max(std::nearbyintf(w[o] / scale[o]) + zero[o], 0.0f), s.max_code);
+        float rounded = nearest_code(w[o], scale[o], zero[o], s.max_code);
         if (keep) rounded = keep[o] ? rounded : zero[o];
         code[o] = rounded;
         value[o] = (rounded - zero[o]) * scale[o];
@@ -72,5 +77,28 @@ extern "C" void sweep(
   in_parallel(threads, [&](int64_t thread) {
     for (int64_t begin = thread * kStrip; begin < outputs; begin += threads * kStrip)
       strip(s, begin, std::min(begin + kStrip, outputs));
+  });
+}
+
+// errors (K, O): of each of the K grids, the squared rounding errors of W (C, O), summed over inputs
+extern "C" void rounding_errors(
+    const float* W, int64_t inputs, int64_t outputs, const float* scales, const float* zeros, int64_t grids,
+    float max_code, float* errors, int64_t threads) {
+  in_parallel(threads, [=](int64_t thread) {
+    for (int64_t begin = thread * kStrip; begin < outputs; begin += threads * kStrip) {
+      const int64_t n = std::min(kStrip, outputs - begin);
+      for (int64_t k = 0; k < grids; ++k) {
+        const float *scale = scales + k * outputs + begin, *zero = zeros + k * outputs + begin;
+        float sum[kStrip] = {};
+        for (int64_t c = 0; c < inputs; ++c) {
+          const float* w = W + c * outputs + begin;
+          for (int64_t o = 0; o < n; ++o) {
+            const float error = (nearest_code(w[o], scale[o], zero[o], max_code) - zero[o]) * scale[o] - w[o];
+            sum[o] += error * error;
+          }
+        }
+        std::copy(sum, sum + n, errors + k * outputs + begin);
+      }
+    }
   });
 }

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from ctp_kernels import sweep
-from ctp_kernels.sweep import Grids, sweep_columns
+from ctp_kernels.sweep import Grids, rounding_errors, sweep_columns
 
 
 def problem(inputs: int, outputs: int, grids: int | None, pruned: bool) -> dict[str, torch.Tensor | None]:
@@ -47,8 +47,8 @@ def test_columns_are_taken_as_the_papers_say(
     outputs: int, grids: int | None, pruned: bool, columns: range, compiled: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not compiled:
-        monkeypatch.setattr(sweep, "_kernel", lambda: None)
-    elif sweep._kernel() is None:
+        monkeypatch.setattr(sweep, "_library", lambda: None)
+    elif sweep._library() is None:
         pytest.skip("this processor has no AVX-512, or there is no C++ compiler")
     given = problem(24, outputs, grids, pruned)
     group_of = [0] * 24 if grids is None else [c % grids for c in range(24)]
@@ -70,7 +70,7 @@ def test_columns_are_taken_as_the_papers_say(
 
 
 def test_any_number_of_threads_gives_the_same_bits() -> None:
-    if sweep._kernel() is None:
+    if sweep._library() is None:
         pytest.skip("this processor has no AVX-512, or there is no C++ compiler")
     given = problem(64, 200, 1, True)
     grids = Grids(given["scales"], given["zeros"], torch.zeros(64, dtype=torch.int32), 15)
@@ -82,3 +82,18 @@ def test_any_number_of_threads_gives_the_same_bits() -> None:
         results.append(W)
     torch.set_num_threads(before)
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("outputs", [1, 63, 130])
+def test_rounding_errors_are_those_of_each_grid(outputs: int, compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not compiled:
+        monkeypatch.setattr(sweep, "_library", lambda: None)
+    elif sweep._library() is None:
+        pytest.skip("this processor has no AVX-512, or there is no C++ compiler")
+    given = problem(24, outputs, 5, pruned=False)
+    errors = rounding_errors(given["W"], given["scales"], given["zeros"], 15)
+    for scale, zero, error in zip(given["scales"].double(), given["zeros"].double(), errors, strict=True):
+        W = given["W"].double()
+        rounded = (((W / scale).round() + zero).clamp(0, 15) - zero) * scale
+        torch.testing.assert_close(error.double(), (rounded - W).square().sum(0), rtol=1e-5, atol=1e-7)

@@ -2,43 +2,52 @@
 
 import pytest
 import torch
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn import functional
 
 from ctp_cli.models import attention
 
 
+@pytest.fixture
+def without_amx(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "cpu_features", frozenset)
+
+
+@pytest.mark.usefixtures("without_amx")
 @pytest.mark.parametrize("masked", [False, True])
 def test_where_no_kernel_fits_attention_in_float32_is_nearer_to_float64_and_keeps_the_dtype(masked: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, 3, 65, 16, generator=generator).bfloat16() for _ in range(3))
     mask = torch.zeros(65, 65, dtype=torch.bfloat16).masked_fill(torch.ones(65, 65).triu(1) > 0, -torch.inf)
-    exact = scaled_dot_product_attention(q.double(), k.double(), v.double(), is_causal=True)
+    exact = functional.scaled_dot_product_attention(q.double(), k.double(), v.double(), is_causal=True)
     how = {"attn_mask": mask} if masked else {"is_causal": True}
-    plain = scaled_dot_product_attention(q, k, v, **how)
-    with attention._FastAttention():
-        ours = scaled_dot_product_attention(q, key=k, value=v, **how)
+    plain = functional.scaled_dot_product_attention(q, k, v, **how)
+    with attention.fast_attention():
+        ours = functional.scaled_dot_product_attention(q, key=k, value=v, **how)
     assert ours.dtype == torch.bfloat16
     # only the last rounding to bfloat16 is left
     assert ((ours.double() - exact).abs() <= exact.abs() * 2**-8 + 1e-6).all()
     assert (ours.double() - exact).abs().mean() < (plain.double() - exact).abs().mean()
 
 
-def test_processors_with_amx_keep_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "cpu_features", lambda: frozenset({"amx_bf16"}))
-    assert not isinstance(attention.fast_attention(), attention._FastAttention)
-    monkeypatch.setattr(attention, "cpu_features", frozenset)
-    assert isinstance(attention.fast_attention(), attention._FastAttention)
+def test_it_is_replaced_meanwhile_and_not_on_processors_with_amx(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = functional.scaled_dot_product_attention
+    for features, replaced in ((frozenset({"amx_bf16"}), False), (frozenset(), True)):
+        monkeypatch.setattr(attention, "cpu_features", lambda features=features: features)
+        with attention.fast_attention():
+            assert (functional.scaled_dot_product_attention is not plain) == replaced
+        assert functional.scaled_dot_product_attention is plain
 
 
+@pytest.mark.usefixtures("without_amx")
 @pytest.mark.parametrize("scale", [None, 0.3])
 def test_the_kernel_is_given_plain_causal_attention_only(scale: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[float] = []
     marked = torch.full((1, 2, 9, 64), 7.0).bfloat16()
     monkeypatch.setattr(attention, "causal_attention", lambda *given: (calls.append(given[3]), marked)[1])
     q = torch.randn(1, 2, 9, 64).bfloat16()
-    with attention._FastAttention():
-        assert scaled_dot_product_attention(q, q, q, is_causal=True, scale=scale) is marked
-        scaled_dot_product_attention(q, q, q, scale=scale)
-        scaled_dot_product_attention(q, q, q, attn_mask=torch.ones(9, 9, dtype=torch.bool), scale=scale)
-        scaled_dot_product_attention(q.float(), q.float(), q.float(), is_causal=True, scale=scale)
+    with attention.fast_attention():
+        assert functional.scaled_dot_product_attention(q, q, q, is_causal=True, scale=scale) is marked
+        functional.scaled_dot_product_attention(q, q, q, scale=scale)
+        functional.scaled_dot_product_attention(q, q, q, attn_mask=torch.ones(9, 9, dtype=torch.bool), scale=scale)
+        functional.scaled_dot_product_attention(q.float(), q.float(), q.float(), is_causal=True, scale=scale)
     assert calls == [scale or 0.125]
