@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ctp_cli.compression.hessian import Hessian
+from ctp_cli.compression.hessian import Hessian, all_finite
 from ctp_cli.compression.solver import Solution, SolverRule, solve
 from ctp_cli.compression.targets import Mismatch
 from ctp_cli.errors import SolverError
@@ -148,7 +148,7 @@ def _solve_set(layers: Sequence[LinearLayer], moments: _Moments | None, rule: So
     started = time.perf_counter()
     before = [layer.weight_OI.float() for layer in layers]
     for layer, weight_OI in zip(layers, before, strict=True):
-        if not torch.isfinite(weight_OI).all():
+        if not all_finite(weight_OI):
             raise SolverError(f"{layer.name}: its weights hold NaN or infinity", hint="is the checkpoint damaged?")
     H_II = None if moments is None else moments.hessian.mean()
     if moments is not None and moments.mismatch is not None and H_II is not None:
@@ -166,5 +166,7 @@ def _solve_set(layers: Sequence[LinearLayer], moments: _Moments | None, rule: So
 
 def _relative_error(W_OI: Tensor, Q_OI: Tensor, H_II: Tensor) -> float:
     D_OI = W_OI - Q_OI
-    lost, whole = ((D_OI @ H_II) * D_OI).sum(), ((W_OI @ H_II) * W_OI).sum()
+    lost = ((D_OI @ H_II) * D_OI).sum()
+    # what is left of the outputs is a small difference of large numbers; the outputs themselves are not
+    whole = ((W_OI.bfloat16() @ H_II.bfloat16()).float() * W_OI).sum()
     return (lost / whole.clamp(min=1e-30)).item()

@@ -295,10 +295,9 @@ def _round_block(swept: _Swept, grid_rule: GridRule | None, start: int, stop: in
 def _solution(done: _Swept, span: slice, order_I: Tensor, rule: SolverRule, dampening: float | None) -> Solution:
     """Undo the order of inputs and cut one layer out of the stacked outputs."""
     back_I = torch.argsort(order_I)
-    weight_OI = done.values_IO[back_I][:, span].T.contiguous()
     keep_OI = None if done.keep_IO is None else done.keep_IO[back_I][:, span].T.contiguous()
     if rule.grid is None or done.codes_IO is None:
-        return Solution(weight_OI, None, keep_OI, dampening)
+        return Solution(done.values_IO[back_I][:, span].T.contiguous(), None, keep_OI, dampening)
     group = rule.grid.group_size or order_I.numel()
     if rule.static_grids:
         g_idx_I, first = (torch.arange(order_I.numel()) // group).int(), list(range(len(done.grids)))

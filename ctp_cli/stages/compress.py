@@ -15,6 +15,7 @@ from ctp_cli.artifact import Workspace, folder_fingerprint, manifest_of, refuse_
 from ctp_cli.checkpoints import gptq, writer
 from ctp_cli.compression.blockwise import FullBlock, LayerResult, compress_block
 from ctp_cli.compression.grid import GridRule
+from ctp_cli.compression.hessian import all_finite
 from ctp_cli.compression.masks import MaskRule
 from ctp_cli.compression.solver import SolverRule
 from ctp_cli.compression.tuning import Tuned, tune
@@ -453,8 +454,7 @@ class _SharedInputs:
 
 
 def _refuse_nan(block: Block, hidden_BTD: list[Tensor]) -> None:
-    # the extremes alone: NaN and infinity show in them, and nothing of the states' size has to be made
-    if not all(torch.isfinite(torch.stack(torch.aminmax(x_BTD))).all() for x_BTD in hidden_BTD):
+    if not all(all_finite(x_BTD) for x_BTD in hidden_BTD):
         raise SolverError(
             f"{block.name}: its outputs hold NaN or infinity",
             hint="does the uncompressed model run on this text?",
