@@ -93,7 +93,10 @@ class CompressSection(Section):
     tune_learning_rate: Annotated[float, Field(gt=0)] = 2e-3
     dampening: Annotated[float, Field(gt=0, lt=1)] = 0.01
     """Added to the Hessian's diagonal; a share of its mean (percdamp in GPTQ)."""
-    pruner: Literal["sparsegpt", "wanda", "magnitude"] = "sparsegpt"
+    pruner: Literal["alternating", "sparsegpt", "wanda", "magnitude"] = "alternating"
+    """alternating: least-squares fits of what is kept and swaps against what is not, in turns, then quantization."""
+    rounds: Annotated[int, Field(ge=1, le=100)] = 3
+    """Turns of the alternating pruner."""
     quantizer: Literal["gptq", "rtn"] = "gptq"
     """rtn is round-to-nearest."""
     calibration: str | None = None
@@ -114,7 +117,7 @@ class CompressSection(Section):
         if self.target == "full" and not self.true_sequential:
             raise ValueError("target full needs true_sequential, or layers would share an error: use target layer")
         if self.act_order == "column" and self.tune_windows:
-            raise ValueError("tuning scales needs groups of neighbouring inputs: use act_order group or none")
+            raise ValueError("tuning scales needs groups of neighbouring inputs: use act_order group, static or none")
         if self.act_order in ("column", "static") and isinstance(self.sparsity, str):
             raise ValueError(f"act_order {self.act_order} tears n:m blocks apart: use group or none")
         return self

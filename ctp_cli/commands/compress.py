@@ -45,8 +45,11 @@ def compress(
     ] = None,
     tune_learning_rate: Annotated[float | None, typer.Option(rich_help_panel=HOW)] = None,
     dampening: Annotated[float | None, typer.Option(help="Share of mean diag(H).", rich_help_panel=HOW)] = None,
-    pruner: Annotated[str | None, typer.Option(help="sparsegpt, wanda or magnitude.", rich_help_panel=HOW)] = None,
+    pruner: Annotated[
+        str | None, typer.Option(help="alternating, sparsegpt, wanda or magnitude.", rich_help_panel=HOW)
+    ] = None,
     quantizer: Annotated[str | None, typer.Option(help="gptq or rtn.", rich_help_panel=HOW)] = None,
+    rounds: Annotated[int | None, typer.Option(help="Turns of the alternating pruner.", rich_help_panel=HOW)] = None,
     calibration: Annotated[
         str | None, typer.Option(help="pydoc, c4, wikitext2, ptb, or FILE[:COLUMN].", rich_help_panel=TEXT)
     ] = None,
@@ -85,6 +88,7 @@ def compress(
             "dampening": dampening,
             "pruner": pruner,
             "quantizer": quantizer,
+            "rounds": rounds,
             "calibration": calibration,
             "windows": windows,
             "seqlen": seqlen,

@@ -166,7 +166,5 @@ def _solve_set(layers: Sequence[LinearLayer], moments: _Moments | None, rule: So
 
 def _relative_error(W_OI: Tensor, Q_OI: Tensor, H_II: Tensor) -> float:
     D_OI = W_OI - Q_OI
-    lost = ((D_OI @ H_II) * D_OI).sum()
-    # what is left of the outputs is a small difference of large numbers; the outputs themselves are not
-    whole = ((W_OI.bfloat16() @ H_II.bfloat16()).float() * W_OI).sum()
+    lost, whole = ((D_OI @ H_II) * D_OI).sum(), ((W_OI @ H_II) * W_OI).sum()
     return (lost / whole.clamp(min=1e-30)).item()

@@ -66,7 +66,8 @@ def fit_grid(w_CO: Tensor, rule: GridRule, *, keep_CO: Tensor | None = None) -> 
     tried = _grids(low_O * shares_K1, high_O * shares_K1, rule)
     # pruned weights are zeros here and zero is on every grid, so they add nothing
     errors_KO = rounding_errors(w_CO.contiguous(), tried.scale_O, tried.zero_O, rule.max_code)
-    best_1O = errors_KO.argmin(0, keepdim=True)
+    # the widest candidate's scale can overflow float16, and its error is NaN then
+    best_1O = errors_KO.nan_to_num(nan=torch.inf).argmin(0, keepdim=True)
     return Grid(tried.scale_O.gather(0, best_1O)[0], tried.zero_O.gather(0, best_1O)[0], rule.max_code)
 
 

@@ -11,13 +11,14 @@ input's weights are contiguous
 import functools
 import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from ctp_kernels.sweep import Grids, sweep_columns
 from torch import Tensor
 
+from ctp_cli.compression.alternating import prune_by_turns
 from ctp_cli.compression.grid import Grid, GridRule, fit_grid
 from ctp_cli.compression.hessian import inverse_factor
 from ctp_cli.compression.masks import MaskRule, keep_largest, keep_per_output
@@ -32,7 +33,9 @@ class SolverRule:
 
     mask: MaskRule | None
     grid: GridRule | None
-    pruner: Literal["sparsegpt", "wanda", "magnitude"] = "sparsegpt"
+    pruner: Literal["alternating", "sparsegpt", "wanda", "magnitude"] = "sparsegpt"
+    rounds: int = 1
+    """Of the alternating pruner."""
     quantizer: Literal["gptq", "rtn"] = "gptq"
     act_order: Literal["none", "column", "group", "static"] = "none"
     dampening: float = 0.01
@@ -96,6 +99,14 @@ def solve(weights_OI: list[Tensor], H_II: Tensor | None, rule: SolverRule, *, la
         at it, on weights that already carry all corrections. With act_order "static" inputs of all groups take turns,
         so every group's grid is fitted before the first of them, on the weights given (static_groups in GPTQ).
     """
+    if rule.mask is not None and rule.pruner == "alternating":
+        assert H_II is not None, "fits need a Hessian"
+        weights_OI = [
+            prune_by_turns(w.float(), H_II, rule.mask, rounds=rule.rounds, dampening=rule.dampening) for w in weights_OI
+        ]
+        if rule.grid is None:
+            return [Solution(w, None, w != 0, rule.dampening) for w in weights_OI]
+        rule = replace(rule, mask=None, keep_zeros=True)
     W_IO = torch.cat([w.float() for w in weights_OI]).T.contiguous()
     spans = _spans([w.shape[0] for w in weights_OI])
     feedback = rule.feeds_back

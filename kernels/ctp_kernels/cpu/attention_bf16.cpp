@@ -30,8 +30,8 @@ struct Attention {
 inline __m512bh as_bf16(__m512i bits) { return (__m512bh)bits; }
 
 inline __m512 exponential(__m512 x) {
-  // 2^(x / ln 2): the whole part by scalef, the rest, at most 1/2 in size, by a polynomial good to 2e-7
-  x = _mm512_max_ps(x, _mm512_set1_ps(-87.0f));
+  // 2^(x / ln 2): the whole part by scalef, the rest, at most ln 2 / 2 in size, by a polynomial good to 2e-7
+  x = _mm512_max_ps(_mm512_set1_ps(-87.0f), x);  // in this order NaN stays NaN
   const __m512 power = _mm512_mul_ps(x, _mm512_set1_ps(1.44269504f));
   const __m512 whole = _mm512_roundscale_ps(power, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   const __m512 rest = _mm512_fnmadd_ps(whole, _mm512_set1_ps(0.693147181f), x);
@@ -164,15 +164,17 @@ class Head {
 }  // namespace
 
 // sizes: batch, heads, key heads, tokens, width; strides: of q, k and v, three each (batch, head, token)
-extern "C" void attention_bf16(
+// returns 0, or 1 where there is not enough memory
+extern "C" int attention_bf16(
     const uint16_t* q, const uint16_t* k, const uint16_t* v, uint16_t* out, const int64_t* sizes,
     const int64_t* strides, float scale, int64_t threads) {
   Attention a{q, k, v, out, sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], {}, {}, {}, scale};
   std::copy(strides, strides + 3, a.q_strides);
   std::copy(strides + 3, strides + 6, a.k_strides);
   std::copy(strides + 6, strides + 9, a.v_strides);
-  in_parallel(threads, [&](int64_t thread) {
+  const int64_t heads = a.batch * a.heads, parts = std::min(threads, heads);
+  return in_parallel(threads, parts, [&](int64_t part) {
     Head head(a);
-    for (int64_t i = thread; i < a.batch * a.heads; i += threads) head.run(i / a.heads, i % a.heads);
+    for (int64_t i = part; i < heads; i += parts) head.run(i / a.heads, i % a.heads);
   });
 }

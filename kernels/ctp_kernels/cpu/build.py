@@ -37,8 +37,8 @@ def load(name: str, *, needs: tuple[str, ...], flags: tuple[str, ...]) -> ctypes
         return None
     try:
         return ctypes.CDLL(str(_built(name, flags)))
-    except (OSError, subprocess.SubprocessError) as error:
-        log.info("%s: not used, it cannot be compiled here (%s)", name, error)
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # RuntimeError: there is no home folder
+        log.info("%s: not used, it cannot be built or loaded here (%s)", name, error)
         return None
 
 
@@ -60,7 +60,7 @@ def _built(name: str, flags: tuple[str, ...]) -> Path:
     command = [compiler, "-O3", "-std=c++17", "-shared", "-fPIC", "-pthread", *flags]
     sources = b"".join(path.read_bytes() for path in (source, *sorted(source.parent.glob("*.h"))))
     key = hashlib.sha256(sources + repr((command, platform.machine())).encode()).hexdigest()[:16]
-    library = _cache_folder() / f"{name}-{key}.so"
+    library = cache_folder() / "kernels" / f"{name}-{key}.so"
     if not library.exists():
         library.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
@@ -70,7 +70,11 @@ def _built(name: str, flags: tuple[str, ...]) -> Path:
     return library
 
 
-def _cache_folder() -> Path:
+def cache_folder() -> Path:
+    """Where ctp keeps what it built, fetched or converted; CTP_CACHE overrides the platform's habit.
+
+    Raises: RuntimeError where there is no home folder.
+    """
     if given := os.environ.get("CTP_CACHE"):
-        return Path(given) / "kernels"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ctp" / "kernels"
+        return Path(given)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ctp"

@@ -25,16 +25,18 @@ constexpr int64_t kColumns = 16 * kVectors;  // of a panel, and of a tile
 constexpr int64_t kPanel = kPairs * kColumns;
 
 // panels[i / 48][p][i % 48] = x[2p][i] in the low half, x[2p + 1][i] in the high half; zeros beyond the last of each
-void pair_up(const uint16_t* x, int64_t tokens, int64_t width, int64_t stride, uint32_t* panels) {
-  const std::vector<uint16_t> nothing(width, 0);
-  for (int64_t p = 0; p < kPairs; ++p) {
-    const uint16_t* low = 2 * p < tokens ? x + 2 * p * stride : nothing.data();
-    const uint16_t* high = 2 * p + 1 < tokens ? x + (2 * p + 1) * stride : nothing.data();
-    for (int64_t begin = 0; begin < width; begin += kColumns) {
-      uint32_t* out = panels + begin * kPairs + p * kColumns;
-      const int64_t count = std::min(kColumns, width - begin);
-      for (int64_t i = 0; i < count; ++i) out[i] = low[begin + i] | uint32_t(high[begin + i]) << 16;
-    }
+void pair_up(const uint16_t* x, int64_t tokens, int64_t width, int64_t stride, int64_t p, uint32_t* panels) {
+  for (int64_t begin = 0; begin < width; begin += kColumns) {
+    uint32_t* out = panels + begin * kPairs + p * kColumns;
+    const uint16_t* low = x + 2 * p * stride + begin;
+    const uint16_t* high = low + stride;
+    const int64_t count = std::min(kColumns, width - begin);
+    if (2 * p + 1 < tokens)
+      for (int64_t i = 0; i < count; ++i) out[i] = low[i] | uint32_t(high[i]) << 16;
+    else if (2 * p < tokens)
+      std::copy(low, low + count, out);
+    else
+      std::fill(out, out + count, 0);
   }
 }
 
@@ -67,20 +69,28 @@ void tile(const uint32_t* panels, int64_t width, int64_t row, int64_t column, fl
   }
 }
 
-// rows of tiles first, first + step, ...: the triangle's long and short rows are dealt out evenly
-void work(const uint16_t* x, int64_t tokens, int64_t width, int64_t stride, float* H, int64_t first, int64_t step) {
-  std::vector<uint32_t> panels((width + kColumns - 1) / kColumns * kPanel, 0);
-  for (int64_t start = 0; start < tokens; start += 2 * kPairs) {
-    pair_up(x + start * stride, tokens - start, width, stride, panels.data());
-    for (int64_t column = 0; column < width; column += kColumns)
-      for (int64_t row = first * kRows; row < std::min(column + kColumns, width); row += step * kRows)
-        tile(panels.data(), width, row, column, H);
-  }
-}
-
 }  // namespace
 
-extern "C" void gram_bf16(
+// returns 0, or 1 where there is not enough memory
+extern "C" int gram_bf16(
     const uint16_t* x, int64_t tokens, int64_t width, int64_t stride, float* H, int64_t threads) {
-  in_parallel(threads, [=](int64_t thread) { work(x, tokens, width, stride, H, thread, threads); });
+  std::vector<uint32_t> panels;
+  try {
+    panels.resize((width + kColumns - 1) / kColumns * kPanel);
+  } catch (const std::bad_alloc&) {
+    return 1;
+  }
+  for (int64_t start = 0; start < tokens; start += 2 * kPairs) {
+    in_parallel(threads, threads, [&](int64_t thread) {
+      for (int64_t p = thread; p < kPairs; p += threads)
+        pair_up(x + start * stride, tokens - start, width, stride, p, panels.data());
+    });
+    // rows of tiles in turn: the triangle's long and short ones are dealt out evenly
+    in_parallel(threads, threads, [&](int64_t thread) {
+      for (int64_t column = 0; column < width; column += kColumns)
+        for (int64_t row = thread * kRows; row < std::min(column + kColumns, width); row += threads * kRows)
+          tile(panels.data(), width, row, column, H);
+    });
+  }
+  return 0;
 }

@@ -74,7 +74,7 @@ extern "C" void sweep(
     const float* scales, const float* zeros, const int32_t* group_of, float max_code, const uint8_t* keep,
     uint8_t* codes, float* errors, int64_t threads) {
   const Sweep s{W, outputs, first, last, inputs, U, stride, scales, zeros, group_of, max_code, keep, codes, errors};
-  in_parallel(threads, [&](int64_t thread) {
+  in_parallel(threads, threads, [&](int64_t thread) {
     for (int64_t begin = thread * kStrip; begin < outputs; begin += threads * kStrip)
       strip(s, begin, std::min(begin + kStrip, outputs));
   });
@@ -84,7 +84,7 @@ extern "C" void sweep(
 extern "C" void rounding_errors(
     const float* W, int64_t inputs, int64_t outputs, const float* scales, const float* zeros, int64_t grids,
     float max_code, float* errors, int64_t threads) {
-  in_parallel(threads, [=](int64_t thread) {
+  in_parallel(threads, threads, [=](int64_t thread) {
     for (int64_t begin = thread * kStrip; begin < outputs; begin += threads * kStrip) {
       const int64_t n = std::min(kStrip, outputs - begin);
       for (int64_t k = 0; k < grids; ++k) {

@@ -9,7 +9,7 @@ from tiny_models import tiny_model
 
 from ctp_cli.errors import CtpError, OutputError
 from ctp_cli.progress import SilentProgress
-from ctp_cli.stages import compress as stage
+from ctp_cli.stages import passes
 
 BLOCKS = 3
 
@@ -52,13 +52,13 @@ def text(tmp_path: Path) -> Path:
 def solved(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The blocks that were solved, rather than read back."""
     seen: list[int] = []
-    original = stage.compress_block
+    original = passes.compress_block
 
     def counting(block, *args, **kwargs):  # type: ignore[no-untyped-def]
         seen.append(block.index)
         return original(block, *args, **kwargs)
 
-    monkeypatch.setattr(stage, "compress_block", counting)
+    monkeypatch.setattr(passes, "compress_block", counting)
     return seen
 
 
@@ -119,14 +119,14 @@ def test_a_run_that_dies_while_tuned_shards_are_put_in_place_is_made_whole(
     moved: list[Path] = []
     with monkeypatch.context() as patch:
         if moment.startswith("before"):
-            original = stage.write_json
+            original = passes.write_json
 
             def write(path: Path, content: object) -> None:
                 if path == tmp_path / "out.partial" / "tuned.json":
                     raise Stopped
                 original(path, content)
 
-            patch.setattr(stage, "write_json", write)
+            patch.setattr(passes, "write_json", write)
         else:
             replace = Path.replace
 
@@ -185,7 +185,7 @@ def test_an_error_before_anything_was_saved_leaves_no_folder(
     def fails(*args: object, **kwargs: object) -> None:
         raise Stopped
 
-    monkeypatch.setattr(stage.writer, "write_shard", fails)
+    monkeypatch.setattr(passes.writer, "write_shard", fails)
     with pytest.raises(Stopped):
         run(model, tmp_path / "out", text)
     assert sorted(path.name for path in tmp_path.iterdir()) == [text.name]
@@ -195,7 +195,7 @@ def test_a_write_cut_short_leaves_no_shard_that_looks_done(
     model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run(model, tmp_path / "whole", text)
-    original = stage.writer.save_file
+    original = passes.writer.save_file
 
     def cut_off(tensors, path, **kwargs):  # type: ignore[no-untyped-def]
         original(tensors, path, **kwargs)
@@ -203,7 +203,7 @@ def test_a_write_cut_short_leaves_no_shard_that_looks_done(
             path.write_bytes(path.read_bytes()[:1000])
             raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(stage.writer, "save_file", cut_off)
+    monkeypatch.setattr(passes.writer, "save_file", cut_off)
     with pytest.raises(OSError, match="No space left"):
         run(model, tmp_path / "out", text)
     shards = sorted(path.name for path in (tmp_path / "out.partial").glob("*.safetensors*"))

@@ -128,12 +128,12 @@ def test_other_settings_do_not_go_on_from_unfinished_work(compressed: Path, tmp_
 
 
 def test_a_prompt_helps_on_text_that_did_not_choose_it(trained: Path, tmp_path: Path) -> None:
-    """At 75% + 3 bit, where even so small a model has lost a lot (18.0 from 11.2 when this was written)."""
+    """At 87.5% + 3 bit, where even so small a model has lost a lot."""
     from ctp_cli.evaluation.perplexity import compare, perplexity
     from ctp_cli.recipe import CompressSection
     from ctp_cli.stages.compress import compress
 
-    section = CompressSection(sparsity=0.75, bits=3, calibration="pydoc:train", windows=16, seqlen=128)
+    section = CompressSection(sparsity=0.875, bits=3, calibration="pydoc:train", windows=16, seqlen=128)
     compress(section, model=resolve_model(str(trained)), output=tmp_path / "small")
     report = run(tmp_path / "small", tmp_path / "p", steps=80, batch_size=8, seqlen=64, validate_every=20)
     prompt = load_prompt(report.prompt_file).embeddings

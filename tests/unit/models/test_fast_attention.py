@@ -9,7 +9,7 @@ from ctp_cli.models import attention
 
 @pytest.fixture
 def without_amx(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "cpu_features", frozenset)
+    monkeypatch.setattr(attention, "cpu_features", lambda: frozenset({"avx2"}))
 
 
 @pytest.mark.usefixtures("without_amx")
@@ -31,7 +31,7 @@ def test_where_no_kernel_fits_attention_in_float32_is_nearer_to_float64_and_keep
 
 def test_it_is_replaced_meanwhile_and_not_on_processors_with_amx(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = functional.scaled_dot_product_attention
-    for features, replaced in ((frozenset({"amx_bf16"}), False), (frozenset(), True)):
+    for features, replaced in ((frozenset({"amx_bf16"}), False), (frozenset(), False), (frozenset({"avx2"}), True)):
         monkeypatch.setattr(attention, "cpu_features", lambda features=features: features)
         with attention.fast_attention():
             assert (functional.scaled_dot_product_attention is not plain) == replaced

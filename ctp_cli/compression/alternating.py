@@ -1,0 +1,84 @@
+"""Prune by turns: fit the kept weights by least squares, then swap some of them for pruned ones that are worth more.
+
+Given a mask, min |X (V - W)|^2 over the V that is zero where the mask is, is a least-squares problem per output, and a
+few steps of preconditioned conjugate gradients come near its solution. The gradient there says what each pruned weight
+would be worth: r^2 / 2 H_ii, and each kept one costs v^2 H_ii / 2 to lose, if all others stayed. So pruned weights that
+are worth more take the places of kept ones that cost less, as many as there are, and the next round begins. The first
+mask is equally sparse for every output; swaps may change that.
+
+Source: conjugate gradients on a mask are the last step of ALPS (arXiv:2406.07831); the first mask is Wanda's
+(arXiv:2306.11695).
+
+O=out_features I=in_features
+"""
+
+import torch
+from ctp_kernels.descent import Fit, Quadratic
+from torch import Tensor
+
+from ctp_cli.compression.masks import MaskRule, keep_per_output
+
+_STEPS = 4
+"""Conjugate-gradient steps of a round; with three, swaps are noticeably worse chosen (docs/compression.md)."""
+_SAMPLED = 1 << 13
+"""Weights from which the price of a swap is estimated."""
+
+
+def prune_by_turns(W_OI: Tensor, H_II: Tensor, rule: MaskRule, *, rounds: int, dampening: float) -> Tensor:
+    """(O, I) float32: W pruned as `rule` says, and what is kept changed to make up for it.
+
+    Shapes: W_OI (O, I) float32, H_II (I, I) float32: the second moments of the inputs.
+    Units: `dampening` is a share of the mean of diag(H).
+    A round that does not lower the error ends the search. Memory: about ten times the layer in float32.
+    """
+    W_OI = W_OI.contiguous()  # of GPT-2's layers it is a transposed view
+    damping = (dampening * H_II.diagonal().mean()).clamp(min=1e-30)
+    quadratic = Quadratic(H_II + torch.eye(H_II.shape[0], device=H_II.device) * damping)
+    diagonal_I = quadratic.diagonal_I
+    keep_OI = keep_per_output((W_OI.square() * diagonal_I).T.contiguous(), rule).T.contiguous()
+    values_OI = W_OI * keep_OI
+    best = Fit(values_OI, quadratic.product(W_OI - values_OI))
+    quadratic.descend(best, keep_OI, steps=_STEPS)
+    error = _error(W_OI, best)
+    for _ in range(rounds - 1):
+        swapped_OI = _swapped(best, keep_OI, diagonal_I, rule)
+        dropped_OI = best.values_OI * (keep_OI & ~swapped_OI)
+        found = Fit(best.values_OI - dropped_OI, best.residual_OI + quadratic.product(dropped_OI))
+        quadratic.descend(found, swapped_OI, steps=_STEPS)
+        if (found_error := _error(W_OI, found)) >= error:
+            break
+        best, keep_OI, error = found, swapped_OI, found_error
+    return best.values_OI
+
+
+def _error(W_OI: Tensor, fit: Fit) -> float:
+    return float(((W_OI - fit.values_OI) * fit.residual_OI).sum())
+
+
+def _swapped(fit: Fit, keep_OI: Tensor, diagonal_I: Tensor, rule: MaskRule) -> Tensor:
+    """The mask after all swaps that lower the error, each taken alone; within runs of m inputs for n:m."""
+    gain_OI = torch.where(keep_OI, -1.0, fit.residual_OI.square() / diagonal_I)
+    loss_OI = torch.where(keep_OI, fit.values_OI.square() * diagonal_I, torch.inf)
+    if rule.fraction is None:
+        runs = (keep_OI.shape[0], -1, rule.m)
+        gain, loss = gain_OI.view(runs).max(2, keepdim=True), loss_OI.view(runs).min(2, keepdim=True)
+        better = gain.values > loss.values
+        kept = keep_OI.view(runs).scatter(2, gain.indices, better).scatter(2, loss.indices, ~better)
+        return kept.view(keep_OI.shape)
+    gain_N, loss_N = gain_OI.flatten(), loss_OI.flatten()
+    price = _price(gain_N, loss_N)
+    joining, leaving = (gain_N > price).nonzero()[:, 0], (loss_N < price).nonzero()[:, 0]
+    count = min(joining.numel(), leaving.numel())
+    kept_N = keep_OI.flatten().clone()
+    kept_N[joining[gain_N[joining].topk(count, sorted=False).indices]] = True
+    kept_N[leaving[loss_N[leaving].topk(count, largest=False, sorted=False).indices]] = False
+    return kept_N.view(keep_OI.shape)
+
+
+def _price(gain_N: Tensor, loss_N: Tensor) -> Tensor:
+    """About where as many pruned weights gain more as kept ones cost less; on a sample, evenly spread."""
+    stride = max(1, gain_N.numel() // _SAMPLED)
+    gains = gain_N[::stride].sort(descending=True).values
+    losses = loss_N[::stride].sort().values
+    crossing = int((gains > losses).sum())  # both sorted, so these come first
+    return losses[min(crossing, losses.numel() - 1)]

@@ -1,0 +1,203 @@
+"""The work of a compression: every pass over the model, each block saved as it is done, and the tuning after them."""
+
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ctp_cli.artifact import Workspace
+from ctp_cli.checkpoints import gptq, writer
+from ctp_cli.compression.blockwise import FullBlock, LayerResult, compress_block
+from ctp_cli.compression.hessian import all_finite
+from ctp_cli.compression.solver import SolverRule
+from ctp_cli.compression.tuning import Tuned, tune
+from ctp_cli.errors import SolverError
+from ctp_cli.files import read_json, write_json
+from ctp_cli.models.attention import fast_attention
+from ctp_cli.models.blocks import (
+    Block,
+    LinearLayer,
+    WalkState,
+    advance,
+    copy_of,
+    residual_writers,
+    shared_inputs,
+    start_walk,
+)
+from ctp_cli.models.loading import load_model
+from ctp_cli.progress import Progress
+from ctp_cli.stages.plan import Job
+
+_TUNED = "tuned.json"
+SCRATCH = ("*.layers", _TUNED)
+"""Files beside the shards that only unfinished work needs."""
+_PRUNED = "pruned"
+_BATCH_TOKENS = {"cpu": 2048, "cuda": 8192}
+"""Tokens that go through a block at once: what fits a processor's caches, what fills a GPU."""
+
+
+@dataclass
+class Passes:
+    """Finished blocks and finished tunings are on disk and are only read back."""
+
+    job: Job
+    space: Workspace
+    network: PreTrainedModel
+    blocks: list[Block]
+    original: Path
+    progress: Progress
+
+    def run(self, ids_NT: Tensor) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        """What became of every layer, and how every tuning went.
+
+        Weights that are to be tuned are pruned first and quantized once they are tuned: rounding then meets the weights
+        that stay, and what it costs is made up for by tuning scales.
+        """
+        section, rule, folder = self.job.section, self.job.rule, self.space.path
+        calibration_NT, tuning_NT = ids_NT[: section.windows], ids_NT[-section.tune_windows :]
+        if self.space.resumed:
+            self.progress.say(f"going on with the unfinished work in {folder}")
+        tunings: list[dict[str, Any]] = []
+        if section.tune_windows and not (folder / _TUNED).exists():
+            if section.tune == "weights" and rule.mask is not None and rule.grid is not None:
+                tunings.append(self._prune_and_tune(folder / _PRUNED, calibration_NT, tuning_NT))
+                rule = replace(rule, mask=None, keep_zeros=True)
+            rows = self._pass(folder, rule, self.job.settings, calibration_NT)
+            what: Literal["scales", "weights"] = "weights" if section.tune == "weights" and not rule.grid else "scales"
+            tuned = self._tune(what, tuning_NT)
+            for shard, tensors in writer.tuned_shards(
+                folder, self.network, self.blocks, tuned.factors_OG, settings=self.job.settings
+            ):
+                writer.write_shard(shard.with_name(f"{shard.name}.tuned"), tensors)
+            write_json(folder / _TUNED, {"layers": rows, "tunings": [*tunings, _tuning_row(what, tuned, tuning_NT)]})
+        if not section.tune_windows:
+            return self._pass(folder, rule, self.job.settings, calibration_NT), []
+        # from here on only files are moved: what is found half moved is moved on
+        for shard in folder.glob("*.safetensors.tuned"):
+            shard.replace(shard.with_suffix(""))
+        shutil.rmtree(folder / _PRUNED, ignore_errors=True)
+        record = read_json(folder / _TUNED)
+        return record["layers"], record["tunings"]
+
+    def _prune_and_tune(self, folder: Path, calibration_NT: Tensor, tuning_NT: Tensor) -> dict[str, Any]:
+        folder.mkdir(exist_ok=True)
+        parameters, record = folder / "parameters.safetensors", folder / _TUNED
+        if record.exists():
+            writer.restore_parameters(self.network, parameters)
+        else:
+            self._pass(folder, replace(self.job.rule, grid=None), None, calibration_NT)
+            tuned = self._tune("weights", tuning_NT)
+            writer.write_shard(parameters, dict(self.network.named_parameters()))
+            write_json(record, _tuning_row("weights", tuned, tuning_NT))
+        return read_json(record)
+
+    def _tune(self, what: Literal["scales", "weights"], ids_NT: Tensor) -> Tuned:
+        return tune(
+            self.network,
+            load_model(self.original, device=str(ids_NT.device)),
+            self.blocks,
+            ids_NT,
+            what=what,
+            group_size=self.job.tuned_group_size(self.blocks),
+            learning_rate=self.job.section.tune_learning_rate,
+            progress=self.progress,
+        )
+
+    def _pass(
+        self, folder: Path, rule: SolverRule, settings: gptq.GPTQSettings | None, ids_NT: Tensor
+    ) -> list[dict[str, Any]]:
+        """Solve every block and write it to its shard. What became of every layer."""
+        with fast_attention():
+            return self._solve_blocks(folder, rule, settings, ids_NT)
+
+    def _solve_blocks(
+        self, folder: Path, rule: SolverRule, settings: gptq.GPTQSettings | None, ids_NT: Tensor
+    ) -> list[dict[str, Any]]:
+        names = writer.ShardNames(len(self.blocks))
+        writer.write_shard(folder / names.outside(), writer.outside_tensors(self.network, self.blocks))
+        batch = max(1, _BATCH_TOKENS.get(ids_NT.device.type, 2048) // ids_NT.shape[1])
+        state = start_walk(self.network, self.blocks, [(ids_BT, None) for ids_BT in ids_NT.split(batch)])
+        self.progress.start("quantize" if rule.keep_zeros else "compress", len(self.blocks))
+        report: list[dict[str, Any]] = []
+        sets = _SharedInputs(state)
+        aims_at_full = self.job.section.target == "full" and rule.feeds_back
+        full_state = replace(state, hidden_BTD=list(state.hidden_BTD)) if aims_at_full else None
+        for block in self.blocks:
+            full_block = None if full_state is None else copy_of(block)
+            shard = folder / names.block(block.index)
+            record = shard.with_suffix(".layers")
+            if shard.exists() and record.exists():
+                writer.restore_block(block, shard, settings=settings)
+                advance(block, state)
+                if full_block is not None and full_state is not None:
+                    advance(full_block, full_state)
+                rows = read_json(record)["layers"]
+            else:
+                full = None
+                if full_block is not None and full_state is not None:
+                    writers = residual_writers(full_block, full_state, sets.of(full_block))
+                    full = FullBlock(full_block, full_state, [layer.name for layer in writers])
+                true_sequential = self.job.section.true_sequential
+                results = compress_block(block, state, rule, sets.of(block), true_sequential=true_sequential, full=full)
+                _refuse_nan(block, state.hidden_BTD)
+                rows = [_layer_row(result) for result in results]
+                write_json(record, {"layers": rows})
+                writer.write_shard(shard, writer.block_tensors(block, results, settings=settings))
+            report += rows
+            self.progress.advance(note=_note(rows))
+        self.progress.finish()
+        return report
+
+
+def _tuning_row(what: str, tuned: Tuned, ids_NT: Tensor) -> dict[str, Any]:
+    return {
+        "what": what,
+        "windows": ids_NT.shape[0],
+        "first_divergence": tuned.first_divergence,
+        "last_divergence": tuned.last_divergence,
+    }
+
+
+class _SharedInputs:
+    """Which layers of a block share an input; found once for all blocks that are built alike."""
+
+    def __init__(self, state: WalkState) -> None:
+        self._state = state
+        self._known: dict[tuple[str, ...], list[list[str]]] = {}
+
+    def of(self, block: Block) -> list[list[LinearLayer]]:
+        by_path = {layer.name.removeprefix(block.name): layer for layer in block.layers}
+        if (alike := tuple(by_path)) not in self._known:
+            found = shared_inputs(block, self._state)
+            self._known[alike] = [[layer.name.removeprefix(block.name) for layer in layers] for layers in found]
+        return [[by_path[path] for path in paths] for paths in self._known[alike]]
+
+
+def _refuse_nan(block: Block, hidden_BTD: list[Tensor]) -> None:
+    if not all(all_finite(x_BTD) for x_BTD in hidden_BTD):
+        raise SolverError(
+            f"{block.name}: its outputs hold NaN or infinity",
+            hint="does the uncompressed model run on this text?",
+        )
+
+
+def _layer_row(result: LayerResult) -> dict[str, Any]:
+    weight = result.solution.weight_OI
+    return {
+        "name": result.layer.name,
+        "shape": list(weight.shape),
+        "weights": weight.numel(),
+        "zeros": int((weight == 0).sum()),
+        "calibration_tokens": result.tokens,
+        "relative_error": result.relative_error,
+        "dampening": result.solution.dampening,
+        "solve_seconds": round(result.solve_seconds, 4),
+    }
+
+
+def _note(rows: list[dict[str, Any]]) -> str:
+    errors = [row["relative_error"] for row in rows if row["relative_error"] is not None]
+    return f"relative error {sum(errors) / len(errors):.4f}" if errors else ""
