@@ -147,6 +147,10 @@ def dry_run(section: CompressSection, *, model: ResolvedModel, output: Path, for
         memory_bytes += tokens * config.hidden_size * (bits / 4 + 4)
         passes *= 2
     operations = 2 * linear * tokens * passes
+    if job.rule.mask is not None and job.rule.pruner == "alternating":
+        # five products with the Hessian a round
+        shapes = [layer.weight_OI.shape for block in blocks for layer in block.layers]
+        operations += 5 * job.rule.rounds * sum(2 * outputs * inputs**2 for outputs, inputs in shapes)
     if section.tune_windows:
         # a forward pass of each model and a backward pass of one, for inputs and weights
         memory_bytes += parameters * bits / 8 * 2
