@@ -44,7 +44,7 @@ REFERENCE = {
     "4 bit": (28.02, 59.22),
 }
 """WikiText-2 and PTB after the published code, on the embedded model; with pruning it quantizes per row."""
-PLAIN = ["--pruner", "sparsegpt", "--act-order", "none", "--no-mse-clip", "--asymmetric"]
+PLAIN = ["--pruner", "sparsegpt", "--refine", "0", "--act-order", "none", "--no-mse-clip", "--asymmetric"]
 """What the published code does; its quantizing drivers, unlike its pruning one, also take layers in turn."""
 
 

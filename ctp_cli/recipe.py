@@ -99,6 +99,8 @@ class CompressSection(Section):
     """Turns of the alternating pruner."""
     quantizer: Literal["gptq", "rtn"] = "gptq"
     """rtn is round-to-nearest."""
+    refine: Annotated[int, Field(ge=0, le=1000)] = 4
+    """Sweeps of coordinate descent over GPTQ's codes: each in turn becomes the best one while all others stay."""
     calibration: str | None = None
     """Text to calibrate on; see `ctp compress --help`. None: pydoc for the embedded model, c4 otherwise."""
     windows: Annotated[int, Field(ge=1)] = 64

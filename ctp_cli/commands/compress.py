@@ -50,6 +50,9 @@ def compress(
     ] = None,
     quantizer: Annotated[str | None, typer.Option(help="gptq or rtn.", rich_help_panel=HOW)] = None,
     rounds: Annotated[int | None, typer.Option(help="Turns of the alternating pruner.", rich_help_panel=HOW)] = None,
+    refine: Annotated[
+        int | None, typer.Option(help="Sweeps over GPTQ's codes, each made the best.", rich_help_panel=HOW)
+    ] = None,
     calibration: Annotated[
         str | None, typer.Option(help="pydoc, c4, wikitext2, ptb, or FILE[:COLUMN].", rich_help_panel=TEXT)
     ] = None,
@@ -89,6 +92,7 @@ def compress(
             "pruner": pruner,
             "quantizer": quantizer,
             "rounds": rounds,
+            "refine": refine,
             "calibration": calibration,
             "windows": windows,
             "seqlen": seqlen,

@@ -16,6 +16,7 @@ import torch
 from ctp_kernels.descent import Fit, Quadratic
 from torch import Tensor
 
+from ctp_cli.compression.hessian import damped
 from ctp_cli.compression.masks import MaskRule, keep_per_output
 
 _STEPS = 4
@@ -32,8 +33,7 @@ def prune_by_turns(W_OI: Tensor, H_II: Tensor, rule: MaskRule, *, rounds: int, d
     A round that does not lower the error ends the search. Memory: about ten times the layer in float32.
     """
     W_OI = W_OI.contiguous()  # of GPT-2's layers it is a transposed view
-    damping = (dampening * H_II.diagonal().mean()).clamp(min=1e-30)
-    quadratic = Quadratic(H_II + torch.eye(H_II.shape[0], device=H_II.device) * damping)
+    quadratic = Quadratic(damped(H_II, dampening))
     diagonal_I = quadratic.diagonal_I
     keep_OI = keep_per_output((W_OI.square() * diagonal_I).T.contiguous(), rule).T.contiguous()
     values_OI = W_OI * keep_OI

@@ -71,6 +71,12 @@ def all_finite(x: Tensor) -> bool:
     return bool(torch.isfinite(torch.stack(torch.aminmax(x))).all())
 
 
+def damped(H_II: Tensor, share: float) -> Tensor:
+    """H with `share` of its mean diagonal added to the diagonal; positive definite even where no input ever fired."""
+    damping = (share * H_II.diagonal().mean()).clamp(min=1e-30)
+    return H_II + torch.eye(H_II.shape[0], device=H_II.device) * damping
+
+
 def inverse_factor(H_II: Tensor, *, dampening: float, layer: str) -> tuple[Tensor, float]:
     """The upper-triangular U with U^T U = (H + damp I)^-1, and the dampening that was needed.
 

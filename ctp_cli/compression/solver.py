@@ -15,12 +15,12 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
-from ctp_kernels.sweep import Grids, sweep_columns
+from ctp_kernels.sweep import Grids, improve_codes, sweep_columns
 from torch import Tensor
 
 from ctp_cli.compression.alternating import prune_by_turns
 from ctp_cli.compression.grid import Grid, GridRule, fit_grid
-from ctp_cli.compression.hessian import inverse_factor
+from ctp_cli.compression.hessian import damped, inverse_factor
 from ctp_cli.compression.masks import MaskRule, keep_largest, keep_per_output
 
 BLOCK = 128
@@ -39,6 +39,8 @@ class SolverRule:
     quantizer: Literal["gptq", "rtn"] = "gptq"
     act_order: Literal["none", "column", "group", "static"] = "none"
     dampening: float = 0.01
+    refine: int = 0
+    """Sweeps of coordinate descent over GPTQ's codes."""
     keep_zeros: bool = False
     """Weights that are zero stay zero; for a model that is pruned already, with no mask of its own."""
 
@@ -99,6 +101,7 @@ def solve(weights_OI: list[Tensor], H_II: Tensor | None, rule: SolverRule, *, la
         at it, on weights that already carry all corrections. With act_order "static" inputs of all groups take turns,
         so every group's grid is fitted before the first of them, on the weights given (static_groups in GPTQ).
     """
+    given_OI = weights_OI
     if rule.mask is not None and rule.pruner == "alternating":
         assert H_II is not None, "fits need a Hessian"
         weights_OI = [
@@ -126,7 +129,31 @@ def solve(weights_OI: list[Tensor], H_II: Tensor | None, rule: SolverRule, *, la
         mask = None if fixed_keep_IO is not None else rule.mask
         static = _StaticGrids.fit(W_IO, rule.grid, fixed_keep_IO, order_I) if rule.static_grids else None
         done = _sweep(W_IO, U_II, mask, rule.grid, fixed_keep_IO, spans, static)
-    return [_solution(done, span, order_I, rule, dampening) for span in spans]
+    solutions = [_solution(done, span, order_I, rule, dampening) for span in spans]
+    if rule.refine and rule.grid is not None and rule.quantizer == "gptq":
+        assert H_II is not None
+        H_II = damped(H_II, rule.dampening)
+        solutions = [_refined(w, s, H_II, rule) for w, s in zip(given_OI, solutions, strict=True)]
+    return solutions
+
+
+def _refined(W_OI: Tensor, solution: Solution, H_II: Tensor, rule: SolverRule) -> Solution:
+    codes = solution.codes
+    assert codes is not None and rule.grid is not None
+    codes_OI = codes.codes_OI.clone()
+    improve_codes(
+        codes_OI,
+        (W_OI.float() - solution.weight_OI) @ H_II,
+        H_II,
+        codes.scales_OG.contiguous(),
+        codes.zeros_OG.float().contiguous(),
+        codes.g_idx_I,
+        keep_OI=solution.keep_OI,
+        max_code=rule.grid.max_code,
+        sweeps=rule.refine,
+    )
+    better = replace(codes, codes_OI=codes_OI)
+    return replace(solution, weight_OI=better.values(), codes=better)
 
 
 @dataclass(frozen=True)

@@ -98,6 +98,7 @@ def solver_rule(section: CompressSection, layers: Sequence[LinearLayer]) -> Solv
         act_order=section.act_order,
         dampening=section.dampening,
         rounds=section.rounds,
+        refine=section.refine,
     )
 
 

@@ -135,6 +135,56 @@ def rounding_errors(w_CO: Tensor, scales_KO: Tensor, zeros_KO: Tensor, max_code:
     return errors_KO
 
 
+def improve_codes(
+    codes_OI: Tensor,
+    residual_OI: Tensor,
+    H_II: Tensor,
+    scales_OG: Tensor,
+    zeros_OG: Tensor,
+    group_of_I: Tensor,
+    *,
+    keep_OI: Tensor | None,
+    max_code: int,
+    sweeps: int,
+) -> None:
+    """Coordinate descent on codes: each in turn becomes the best one while all others stay, `sweeps` times, in place.
+
+    Shapes: codes_OI (O, I) uint8; residual_OI (O, I) float32, (W - V) H for the values V of the codes, moves along;
+        H_II (I, I) float32, symmetric, its diagonal positive; scales_OG and zeros_OG (O, G) float32; group_of_I (I,)
+        int32; keep_OI (O, I) bool, False where a code stays. All contiguous.
+    The error (W - V) H (W - V)^T of every row falls with every change. Compiled as `sweep_columns` is.
+    Source: QuantEase (arXiv:2309.01885).
+    """
+    library = _library() if codes_OI.device.type == "cpu" else None
+    if library is not None:
+        library.improve_codes(
+            *(x.data_ptr() for x in (H_II, scales_OG, zeros_OG, group_of_I)),
+            None if keep_OI is None else keep_OI.data_ptr(),
+            *codes_OI.shape,
+            scales_OG.shape[1],
+            max_code,
+            sweeps,
+            codes_OI.data_ptr(),
+            residual_OI.data_ptr(),
+            torch.get_num_threads(),
+        )
+        return
+    diagonal, group_of = H_II.diagonal().tolist(), group_of_I.tolist()
+    for _ in range(sweeps):
+        before_OI = codes_OI.clone()
+        for i, group in enumerate(group_of):
+            scale_O, zero_O = scales_OG[:, group], zeros_OG[:, group]
+            code_O = codes_OI[:, i].float()
+            wanted_O = (code_O - zero_O) * scale_O + residual_OI[:, i] / diagonal[i]
+            best_O = torch.div(wanted_O, scale_O).round_().add_(zero_O).clamp_(0, max_code)
+            if keep_OI is not None:
+                best_O = torch.where(keep_OI[:, i], best_O, code_O)
+            residual_OI.addr_((best_O - code_O) * scale_O, H_II[i], alpha=-1)
+            codes_OI[:, i] = best_O.to(torch.uint8)
+        if torch.equal(before_OI, codes_OI):
+            return
+
+
 def _library() -> ctypes.CDLL | None:
     library = load(
         "sweep",
@@ -156,5 +206,6 @@ def _library() -> ctypes.CDLL | None:
         *(pointer, pointer, pointer, real, pointer, pointer, pointer, number),
     ]
     library.rounding_errors.argtypes = [pointer, number, number, pointer, pointer, number, real, pointer, number]
-    library.sweep.restype = library.rounding_errors.restype = None
+    library.improve_codes.argtypes = [*[pointer] * 5, number, number, number, real, number, pointer, pointer, number]
+    library.sweep.restype = library.rounding_errors.restype = library.improve_codes.restype = None
     return library

@@ -3,7 +3,7 @@
 //
 // C=inputs of a block O=outputs; all matrices are (C, O) with outputs contiguous. Outputs are independent of each
 // other: a strip of them over the whole block stays in the first-level cache.
-// Beside it the search for grids: what rounding to each of several grids would cost.
+// Beside it the search for grids, what rounding to each of several grids would cost, and the search for better codes.
 
 #include <algorithm>
 #include <cmath>
@@ -98,6 +98,36 @@ extern "C" void rounding_errors(
           }
         }
         std::copy(sum, sum + n, errors + k * outputs + begin);
+      }
+    }
+  });
+}
+
+// Take every input of every output in turn and give it the code that is best while all others stay, `sweeps` times.
+// H (I, I) symmetric; residual (O, I) = (W - V) H and codes (O, I) move along; keep (O, I) may be null.
+// scales, zeros (O, G); group_of (I,)
+extern "C" void improve_codes(
+    const float* H, const float* scales, const float* zeros, const int32_t* group_of, const uint8_t* keep,
+    int64_t outputs, int64_t inputs, int64_t groups, float max_code, int64_t sweeps, uint8_t* codes, float* residual,
+    int64_t threads) {
+  in_parallel(threads, threads, [=](int64_t thread) {
+    for (int64_t o = outputs * thread / threads; o < outputs * (thread + 1) / threads; ++o) {
+      float* r = residual + o * inputs;
+      for (int64_t sweep = 0; sweep < sweeps; ++sweep) {
+        bool changed = false;
+        for (int64_t i = 0; i < inputs; ++i) {
+          if (keep && !keep[o * inputs + i]) continue;
+          const float scale = scales[o * groups + group_of[i]], zero = zeros[o * groups + group_of[i]];
+          uint8_t& code = codes[o * inputs + i];
+          const float best = nearest_code((code - zero) * scale + r[i] / H[i * inputs + i], scale, zero, max_code);
+          if (best == code) continue;
+          const float change = (best - code) * scale;
+          const float* h = H + i * inputs;
+          for (int64_t j = 0; j < inputs; ++j) r[j] -= change * h[j];
+          code = uint8_t(best);
+          changed = true;
+        }
+        if (!changed) break;
       }
     }
   });

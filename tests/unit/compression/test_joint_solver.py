@@ -1,5 +1,7 @@
 """Pruning and quantizing in one pass: what must hold exactly, whatever the numbers are."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from solver_reference import correlated_problem, output_error
@@ -108,3 +110,25 @@ def test_an_input_that_never_fires_costs_nothing_and_breaks_nothing() -> None:
     # pruning what is never used costs only its share of the dampening, so it goes first
     assert solution.keep_OI[:, dead].float().mean() < 0.1
     assert output_error(x, W, solution.weight_OI) < 0.5
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+@pytest.mark.parametrize("act_order", ["none", "group", "column", "static"])
+@pytest.mark.parametrize("pruner", [None, "sparsegpt", "alternating"])
+def test_refined_codes_lose_less_and_keep_what_is_pruned(bits: int, act_order: str, pruner: str | None) -> None:
+    generator = torch.Generator().manual_seed(bits)
+    x_TI = torch.randn(600, 64, generator=generator) @ torch.randn(64, 64, generator=generator)
+    H, W = x_TI.T @ x_TI / 600, torch.randn(48, 64, generator=generator)
+    rule = SolverRule(
+        None if pruner is None else MaskRule(0.5),
+        GridRule(bits, 16, False, mse_clip=True),
+        pruner=pruner or "sparsegpt",
+        act_order=act_order,
+    )
+    plain, refined = (solve([W], H, replace(rule, refine=sweeps), layer="fc1")[0] for sweeps in (0, 3))
+    errors = [float((((W - s.weight_OI) @ H) * (W - s.weight_OI)).sum()) for s in (plain, refined)]
+    assert errors[1] < errors[0]
+    assert refined.codes is not None and torch.equal(refined.weight_OI, refined.codes.values())
+    if refined.keep_OI is not None:
+        assert torch.equal(plain.keep_OI, refined.keep_OI)
+        assert not refined.weight_OI[~refined.keep_OI].any()

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from ctp_kernels import sweep
-from ctp_kernels.sweep import Grids, rounding_errors, sweep_columns
+from ctp_kernels.sweep import Grids, improve_codes, rounding_errors, sweep_columns
 
 
 def problem(inputs: int, outputs: int, grids: int | None, pruned: bool) -> dict[str, torch.Tensor | None]:
@@ -97,3 +97,45 @@ def test_rounding_errors_are_those_of_each_grid(outputs: int, compiled: bool, mo
         W = given["W"].double()
         rounded = (((W / scale).round() + zero).clamp(0, 15) - zero) * scale
         torch.testing.assert_close(error.double(), (rounded - W).square().sum(0), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("pruned", [True, False])
+@pytest.mark.parametrize("sweeps", [1, 50])
+def test_each_code_becomes_the_best_while_others_stay(
+    sweeps: int, pruned: bool, compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not compiled:
+        monkeypatch.setattr(sweep, "_library", lambda: None)
+    elif sweep._library() is None:
+        pytest.skip("this processor has no AVX-512, or there is no C++ compiler")
+    generator = torch.Generator().manual_seed(0)
+    x_TI = torch.randn(300, 24, generator=generator) @ torch.randn(24, 24, generator=generator)
+    H, W = x_TI.T @ x_TI / 300, torch.randn(7, 24, generator=generator)
+    scales, zeros = 0.2 + 0.2 * torch.rand(7, 3, generator=generator), torch.randint(4, 12, (7, 3)).float()
+    group_of = torch.arange(24, dtype=torch.int32) // 8
+    scale, zero = scales[:, group_of.long()], zeros[:, group_of.long()]
+    codes = ((W / scale).round() + zero).clamp(0, 15).to(torch.uint8)
+    keep = torch.rand(7, 24, generator=generator) < 0.6 if pruned else None
+    if keep is not None:
+        codes = torch.where(keep, codes, zero.to(torch.uint8))
+
+    def loss(codes: torch.Tensor) -> torch.Tensor:
+        D = (W - (codes.float() - zero) * scale).double()
+        return ((D @ H.double()) * D).sum(1)
+
+    before = codes.clone()
+    residual = (W - (codes.float() - zero) * scale) @ H
+    improve_codes(codes, residual, H, scales, zeros, group_of, keep_OI=keep, max_code=15, sweeps=sweeps)
+    assert (loss(codes) <= loss(before) * (1 + 1e-6)).all()
+    assert loss(codes).sum() < 0.9 * loss(before).sum()
+    torch.testing.assert_close(residual, (W - (codes.float() - zero) * scale) @ H, rtol=1e-3, atol=1e-3)
+    if keep is not None:
+        assert torch.equal(codes[~keep], before[~keep])
+    if sweeps > 1:  # no single change helps any more
+        for i in range(24):
+            for code in range(16):
+                other = codes.clone()
+                other[:, i] = code
+                worse = loss(other) >= loss(codes) * (1 - 1e-4)
+                assert (worse if keep is None else worse | ~keep[:, i]).all()
