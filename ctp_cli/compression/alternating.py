@@ -16,26 +16,23 @@ import torch
 from ctp_kernels.descent import Fit, Quadratic
 from torch import Tensor
 
-from ctp_cli.compression.hessian import damped
 from ctp_cli.compression.masks import MaskRule, keep_per_output
 
-_STEPS = 4
-"""Conjugate-gradient steps of a round; with three, swaps are noticeably worse chosen (docs/compression.md)."""
+_STEPS = 2
+"""Conjugate-gradient steps of a round; with one, swaps are noticeably worse chosen (docs/compression.md)."""
 _SAMPLED = 1 << 13
 """Weights from which the price of a swap is estimated."""
 
 
-def prune_by_turns(W_OI: Tensor, H_II: Tensor, rule: MaskRule, *, rounds: int, dampening: float) -> Tensor:
+def prune_by_turns(W_OI: Tensor, quadratic: Quadratic, rule: MaskRule, *, rounds: int) -> Tensor:
     """(O, I) float32: W pruned as `rule` says, and what is kept changed to make up for it.
 
-    Shapes: W_OI (O, I) float32, H_II (I, I) float32: the second moments of the inputs.
-    Units: `dampening` is a share of the mean of diag(H).
+    Shapes: W_OI (O, I) float32; the quadratic is that of the inputs' second moments, dampened.
     A round that does not lower the error ends the search. Memory: about ten times the layer in float32.
     """
     W_OI = W_OI.contiguous()  # of GPT-2's layers it is a transposed view
-    quadratic = Quadratic(damped(H_II, dampening))
     diagonal_I = quadratic.diagonal_I
-    keep_OI = keep_per_output((W_OI.square() * diagonal_I).T.contiguous(), rule).T.contiguous()
+    keep_OI = keep_per_output((W_OI.square() * diagonal_I).T, rule).T.contiguous()
     values_OI = W_OI * keep_OI
     best = Fit(values_OI, quadratic.product(W_OI - values_OI))
     quadratic.descend(best, keep_OI, steps=_STEPS)
@@ -57,28 +54,29 @@ def _error(W_OI: Tensor, fit: Fit) -> float:
 
 def _swapped(fit: Fit, keep_OI: Tensor, diagonal_I: Tensor, rule: MaskRule) -> Tensor:
     """The mask after all swaps that lower the error, each taken alone; within runs of m inputs for n:m."""
-    gain_OI = torch.where(keep_OI, -1.0, fit.residual_OI.square() / diagonal_I)
-    loss_OI = torch.where(keep_OI, fit.values_OI.square() * diagonal_I, torch.inf)
+    gain_OI = (fit.residual_OI.square() / diagonal_I).mul_(~keep_OI)
+    loss_OI = fit.values_OI.square() * diagonal_I
     if rule.fraction is None:
         runs = (keep_OI.shape[0], -1, rule.m)
-        gain, loss = gain_OI.view(runs).max(2, keepdim=True), loss_OI.view(runs).min(2, keepdim=True)
+        gain = gain_OI.masked_fill_(keep_OI, -1).view(runs).max(2, keepdim=True)
+        loss = loss_OI.masked_fill_(~keep_OI, torch.inf).view(runs).min(2, keepdim=True)
         better = gain.values > loss.values
         kept = keep_OI.view(runs).scatter(2, gain.indices, better).scatter(2, loss.indices, ~better)
         return kept.view(keep_OI.shape)
-    gain_N, loss_N = gain_OI.flatten(), loss_OI.flatten()
-    price = _price(gain_N, loss_N)
-    joining, leaving = (gain_N > price).nonzero()[:, 0], (loss_N < price).nonzero()[:, 0]
+    keep_N, gain_N, loss_N = keep_OI.flatten(), gain_OI.flatten(), loss_OI.flatten()
+    price = _price(keep_N, gain_N, loss_N)
+    joining, leaving = (gain_N > price).nonzero()[:, 0], ((loss_N < price) & keep_N).nonzero()[:, 0]
     count = min(joining.numel(), leaving.numel())
-    kept_N = keep_OI.flatten().clone()
+    kept_N = keep_N.clone()
     kept_N[joining[gain_N[joining].topk(count, sorted=False).indices]] = True
     kept_N[leaving[loss_N[leaving].topk(count, largest=False, sorted=False).indices]] = False
     return kept_N.view(keep_OI.shape)
 
 
-def _price(gain_N: Tensor, loss_N: Tensor) -> Tensor:
+def _price(keep_N: Tensor, gain_N: Tensor, loss_N: Tensor) -> Tensor:
     """About where as many pruned weights gain more as kept ones cost less; on a sample, evenly spread."""
     stride = max(1, gain_N.numel() // _SAMPLED)
     gains = gain_N[::stride].sort(descending=True).values
-    losses = loss_N[::stride].sort().values
+    losses = loss_N[::stride].masked_fill(~keep_N[::stride], torch.inf).sort().values
     crossing = int((gains > losses).sum())  # both sorted, so these come first
     return losses[min(crossing, losses.numel() - 1)]

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ctp_cli.compression.hessian import Hessian, all_finite
+from ctp_cli.compression.hessian import Hessian, all_finite, output_energy
 from ctp_cli.compression.solver import Solution, SolverRule, solve
 from ctp_cli.compression.targets import Mismatch
 from ctp_cli.errors import SolverError
@@ -146,18 +146,19 @@ class _Calibration:
 
 def _solve_set(layers: Sequence[LinearLayer], moments: _Moments | None, rule: SolverRule) -> list[LayerResult]:
     started = time.perf_counter()
-    before = [layer.weight_OI.float() for layer in layers]
+    before = [layer.weight_OI for layer in layers]
     for layer, weight_OI in zip(layers, before, strict=True):
         if not all_finite(weight_OI):
             raise SolverError(f"{layer.name}: its weights hold NaN or infinity", hint="is the checkpoint damaged?")
     H_II = None if moments is None else moments.hessian.mean()
     if moments is not None and moments.mismatch is not None and H_II is not None:
-        before = moments.mismatch.corrected(before, H_II, dampening=rule.dampening, layer=layers[0].name)
+        wide = [weight_OI.float() for weight_OI in before]
+        before = moments.mismatch.corrected(wide, H_II, dampening=rule.dampening, layer=layers[0].name)
     solutions = solve(before, H_II, rule, layer=layers[0].name)
     seconds = (time.perf_counter() - started) / len(layers)
     results = []
     for layer, weight_OI, solution in zip(layers, before, solutions, strict=True):
-        # before set_weight: of a float32 layer, weight_OI is a view of the weight itself
+        # before set_weight: weight_OI may be a view of the weight itself
         error = None if H_II is None else _relative_error(weight_OI, solution.weight_OI, H_II)
         layer.set_weight(solution.weight_OI)
         results.append(LayerResult(layer, solution, moments.hessian.tokens if moments else 0, error, seconds))
@@ -165,6 +166,5 @@ def _solve_set(layers: Sequence[LinearLayer], moments: _Moments | None, rule: So
 
 
 def _relative_error(W_OI: Tensor, Q_OI: Tensor, H_II: Tensor) -> float:
-    D_OI = W_OI - Q_OI
-    lost, whole = ((D_OI @ H_II) * D_OI).sum(), ((W_OI @ H_II) * W_OI).sum()
-    return (lost / whole.clamp(min=1e-30)).item()
+    whole = output_energy(W_OI, H_II).clamp(min=1e-30)
+    return (output_energy(W_OI.float() - Q_OI, H_II) / whole).item()

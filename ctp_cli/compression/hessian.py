@@ -71,6 +71,17 @@ def all_finite(x: Tensor) -> bool:
     return bool(torch.isfinite(torch.stack(torch.aminmax(x))).all())
 
 
+def output_energy(W_OI: Tensor, H_II: Tensor) -> Tensor:
+    """Mean of |W x|^2, a scalar, from the mean H of x x^T: the sum of H (W^T W), one triangle of each.
+
+    Shapes: W_OI (O, I), any float dtype; H_II (I, I) float32, symmetric.
+    """
+    gram_II = torch.zeros_like(H_II)
+    add_gram(gram_II, W_OI)
+    upper_II = gram_II.triu_().mul_(H_II)
+    return 2 * upper_II.sum() - upper_II.diagonal().sum()
+
+
 def damped(H_II: Tensor, share: float) -> Tensor:
     """H with `share` of its mean diagonal added to the diagonal; positive definite even where no input ever fired."""
     damping = (share * H_II.diagonal().mean()).clamp(min=1e-30)

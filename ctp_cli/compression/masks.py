@@ -35,7 +35,7 @@ def keep_largest(score_CO: Tensor, rule: MaskRule) -> Tensor:
         return _keep_over_all(score_CO, rule.fraction)
     columns, outputs = score_CO.shape
     runs = score_CO.view(columns // rule.m, rule.m, outputs)
-    dropped = torch.topk(runs, rule.m - rule.n, dim=1, largest=False).indices
+    dropped = torch.topk(runs, rule.m - rule.n, dim=1, largest=False, sorted=False).indices
     keep = torch.ones_like(runs, dtype=torch.bool).scatter_(1, dropped, False)
     return keep.view(columns, outputs)
 
@@ -59,5 +59,5 @@ def keep_per_output(score_CO: Tensor, rule: MaskRule) -> Tensor:
     if rule.fraction is None:
         return keep_largest(score_CO, rule)
     pruned = round(rule.fraction * score_CO.shape[0])
-    dropped = torch.topk(score_CO, pruned, dim=0, largest=False).indices
+    dropped = torch.topk(score_CO, pruned, dim=0, largest=False, sorted=False).indices
     return torch.ones_like(score_CO, dtype=torch.bool).scatter_(0, dropped, False)

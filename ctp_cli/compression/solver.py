@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
+from ctp_kernels.descent import Quadratic
 from ctp_kernels.sweep import Grids, improve_codes, sweep_columns
 from torch import Tensor
 
@@ -104,9 +105,8 @@ def solve(weights_OI: list[Tensor], H_II: Tensor | None, rule: SolverRule, *, la
     given_OI = weights_OI
     if rule.mask is not None and rule.pruner == "alternating":
         assert H_II is not None, "fits need a Hessian"
-        weights_OI = [
-            prune_by_turns(w.float(), H_II, rule.mask, rounds=rule.rounds, dampening=rule.dampening) for w in weights_OI
-        ]
+        quadratic = Quadratic(damped(H_II, rule.dampening))
+        weights_OI = [prune_by_turns(w.float(), quadratic, rule.mask, rounds=rule.rounds) for w in weights_OI]
         if rule.grid is None:
             return [Solution(w, None, w != 0, rule.dampening) for w in weights_OI]
         rule = replace(rule, mask=None, keep_zeros=True)

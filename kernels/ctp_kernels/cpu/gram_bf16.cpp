@@ -18,13 +18,13 @@
 
 namespace {
 
-constexpr int64_t kPairs = 256;  // tokens of a run, halved
+constexpr int64_t kPairs = 512;  // most tokens of a run, halved
 constexpr int64_t kRows = 8;
 constexpr int64_t kVectors = 3;
 constexpr int64_t kColumns = 16 * kVectors;  // of a panel, and of a tile
 constexpr int64_t kPanel = kPairs * kColumns;
 
-// panels[i / 48][p][i % 48] = x[2p][i] in the low half, x[2p + 1][i] in the high half; zeros beyond the last of each
+// panels[i / 48][p][i % 48] = x[2p][i] in the low half, x[2p + 1][i] in the high half, 0 beyond the last token
 void pair_up(const uint16_t* x, int64_t tokens, int64_t width, int64_t stride, int64_t p, uint32_t* panels) {
   for (int64_t begin = 0; begin < width; begin += kColumns) {
     uint32_t* out = panels + begin * kPairs + p * kColumns;
@@ -33,22 +33,20 @@ void pair_up(const uint16_t* x, int64_t tokens, int64_t width, int64_t stride, i
     const int64_t count = std::min(kColumns, width - begin);
     if (2 * p + 1 < tokens)
       for (int64_t i = 0; i < count; ++i) out[i] = low[i] | uint32_t(high[i]) << 16;
-    else if (2 * p < tokens)
-      std::copy(low, low + count, out);
     else
-      std::fill(out, out + count, 0);
+      std::copy(low, low + count, out);
   }
 }
 
 inline __m512bh as_bf16(__m512i bits) { return (__m512bh)bits; }
 
-void tile(const uint32_t* panels, int64_t width, int64_t row, int64_t column, float* H) {
+void tile(const uint32_t* panels, int64_t pairs, int64_t width, int64_t row, int64_t column, float* H) {
   __m512 sums[kRows][kVectors];
   for (auto& sums_of_row : sums)
     for (auto& sum : sums_of_row) sum = _mm512_setzero_ps();
   const uint32_t* row_values = panels + row / kColumns * kPanel + row % kColumns;
   const uint32_t* column_values = panels + column / kColumns * kPanel;
-  for (int64_t p = 0; p < kPairs; ++p, row_values += kColumns, column_values += kColumns) {
+  for (int64_t p = 0; p < pairs; ++p, row_values += kColumns, column_values += kColumns) {
     __m512bh columns[kVectors];
     for (int c = 0; c < kVectors; ++c) columns[c] = as_bf16(_mm512_loadu_si512(column_values + 16 * c));
 #pragma GCC unroll 8
@@ -81,15 +79,16 @@ extern "C" int gram_bf16(
     return 1;
   }
   for (int64_t start = 0; start < tokens; start += 2 * kPairs) {
+    const int64_t pairs = std::min(kPairs, (tokens - start + 1) / 2);
     in_parallel(threads, threads, [&](int64_t thread) {
-      for (int64_t p = thread; p < kPairs; p += threads)
+      for (int64_t p = thread; p < pairs; p += threads)
         pair_up(x + start * stride, tokens - start, width, stride, p, panels.data());
     });
     // rows of tiles in turn: the triangle's long and short ones are dealt out evenly
     in_parallel(threads, threads, [&](int64_t thread) {
       for (int64_t column = 0; column < width; column += kColumns)
         for (int64_t row = thread * kRows; row < std::min(column + kColumns, width); row += threads * kRows)
-          tile(panels.data(), width, row, column, H);
+          tile(panels.data(), pairs, width, row, column, H);
     });
   }
   return 0;

@@ -90,7 +90,8 @@ def test_the_report_counts_what_lies_on_the_disk(llama: Path, text: Path, tmp_pa
     layers = manifest["results"]["layers"]
     assert {layer["name"] for layer in layers} == block_linears(model)
     assert all(layer["calibration_tokens"] == 4 * 32 for layer in layers)
-    assert all(0 < layer["relative_error"] < 1 for layer in layers)
+    assert max(layer["relative_error"] for layer in layers) < 1
+    assert min(layer["relative_error"] for layer in layers) > 0
     assert sum(layer["zeros"] for layer in layers) >= sum(layer["weights"] for layer in layers) // 2
     assert any("no smaller" in note for note in report.notes)
 

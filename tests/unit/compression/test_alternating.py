@@ -3,9 +3,11 @@
 import pytest
 import torch
 from ctp_kernels import descent
+from ctp_kernels.descent import Quadratic
 
 from ctp_cli.compression.alternating import prune_by_turns
 from ctp_cli.compression.grid import GridRule
+from ctp_cli.compression.hessian import damped
 from ctp_cli.compression.masks import MaskRule
 from ctp_cli.compression.solver import SolverRule, solve
 
@@ -31,7 +33,7 @@ def test_every_round_lowers_the_error(sparsity: float | str, compiled: bool, mon
     rule = MaskRule.parse(sparsity)
     errors = []
     for rounds in (1, 2, 3, 8):
-        V = prune_by_turns(W, H, rule, rounds=rounds, dampening=0.01)
+        V = prune_by_turns(W, Quadratic(damped(H, 0.01)), rule, rounds=rounds)
         if rule.m:
             assert ((V.view(64, -1, rule.m) != 0).sum(2) == rule.n).all()
         else:
@@ -47,11 +49,12 @@ def test_inputs_that_never_fire_are_pruned_first_and_cost_nothing() -> None:
     W, H = problem()
     dead = torch.arange(0, 96, 3)
     H[dead], H[:, dead] = 0, 0
-    V = prune_by_turns(W, H, MaskRule.parse(0.25), rounds=3, dampening=0.01)
+    V = prune_by_turns(W, Quadratic(damped(H, 0.01)), MaskRule.parse(0.25), rounds=3)
     assert torch.isfinite(V).all()
     # a quarter of the weights is to go, a third of them does nothing
     assert error(W, V, H) < 1e-3 * error(W, torch.zeros_like(W), H)
-    nothing = prune_by_turns(W, torch.zeros_like(H), MaskRule.parse(0.5), rounds=2, dampening=0.01)
+    still = Quadratic(damped(torch.zeros_like(H), 0.01))
+    nothing = prune_by_turns(W, still, MaskRule.parse(0.5), rounds=2)
     assert torch.isfinite(nothing).all()
 
 

@@ -48,6 +48,37 @@ def test_steps_come_near_the_solution_and_keep_the_residual(
     assert np.abs(fit.residual_OI.numpy() - residual).max() <= (0.02 if compiled else 1e-4) * np.abs(W64 @ H64).max()
 
 
+@pytest.mark.parametrize("compiled", [True, False])
+def test_inputs_that_hardly_differ_are_no_obstacle(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not compiled:
+        monkeypatch.setattr(descent, "_library", lambda: None)
+    W, keep, H = problem(9, 67)
+    H = 1e-3 * H + torch.outer(1 + H[0], 1 + H[0])  # rounding these entries to bfloat16 would make H indefinite
+    quadratic = Quadratic(H)
+    start = W * keep
+    fit = Fit(start, quadratic.product(W - start))
+    quadratic.descend(fit, keep, steps=4)
+    D, H64 = (W - fit.values_OI).double(), H.double()
+    for row in range(9):
+        kept = keep[row]
+        lost = D[row] @ H64 @ D[row]
+        free, tied = H64[~kept][:, ~kept], H64[~kept][:, kept]
+        if kept.any():
+            # the Schur complement: what is lost when the kept weights make up for the pruned ones as well as they can
+            free = free - tied @ torch.linalg.solve(H64[kept][:, kept], tied.T)
+        assert lost <= 1.05 * (W[row, ~kept].double() @ free @ W[row, ~kept].double()) + 1e-9
+
+
+@pytest.mark.parametrize("width", [1, 2, 3])
+def test_narrow_problems_are_solved(width: int) -> None:
+    H = torch.eye(width) + 0.5
+    W, keep = torch.ones(4, width), torch.ones(4, width, dtype=torch.bool)
+    quadratic = Quadratic(H)
+    fit = Fit(torch.zeros(4, width), quadratic.product(W))
+    quadratic.descend(fit, keep, steps=3)
+    torch.testing.assert_close(fit.values_OI, W, rtol=0.01, atol=0.01)
+
+
 def test_what_the_kernel_would_misread_is_refused() -> None:
     W, keep, H = problem(5, 40)
     quadratic = Quadratic(H)
