@@ -7,11 +7,23 @@ from transformers import PreTrainedTokenizerBase
 from ctp_cli.data.sources import Text
 from ctp_cli.errors import InputError
 
+_CHARACTERS = 6
+"""Of a token, at first guess."""
+_MARGIN = 64
+"""Tokens before a cut that may be others than those of the whole text."""
 
-def token_ids(text: Text, tokenizer: PreTrainedTokenizerBase) -> Tensor:
-    """The whole text as one stream of ids (T,) int64; no BOS or other special tokens are added."""
-    ids = tokenizer(text.content, add_special_tokens=False, verbose=False)["input_ids"]
-    return torch.tensor(ids, dtype=torch.long)
+
+def token_ids(text: Text, tokenizer: PreTrainedTokenizerBase, *, most: int | None = None) -> Tensor:
+    """The text as one stream of ids (T,) int64, or its first `most`; no BOS or other special tokens are added.
+
+    Of a long text only as much is tokenized as is needed: a file of C4 would take minutes.
+    """
+    length = len(text.content) if most is None else _CHARACTERS * (most + _MARGIN)
+    while True:
+        ids = tokenizer(text.content[:length], add_special_tokens=False, verbose=False)["input_ids"]
+        if length >= len(text.content) or (most is not None and len(ids) >= most + _MARGIN):
+            return torch.tensor(ids, dtype=torch.long)[:most]
+        length *= 2
 
 
 def windows(ids_T: Tensor, seqlen: int, *, most: int | None = None, text: Text, at_least: int = 1) -> Tensor:

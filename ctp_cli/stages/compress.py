@@ -177,7 +177,8 @@ def _config_of_original(model: ResolvedModel) -> Any:
 def _windows(section: CompressSection, calibration: Text, tokenizer: PreTrainedTokenizerBase) -> Tensor:
     """Windows for calibration, then those for tuning; a short text serves both with what it has."""
     most = section.windows + section.tune_windows
-    return windows(token_ids(calibration, tokenizer), section.seqlen, most=most, text=calibration)
+    ids_T = token_ids(calibration, tokenizer, most=most * section.seqlen)
+    return windows(ids_T, section.seqlen, most=most, text=calibration)
 
 
 def _probe_operations_per_second(dtype: torch.dtype | None) -> float:

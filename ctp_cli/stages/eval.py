@@ -124,8 +124,11 @@ def _load_prompt(target: Target) -> Prompt | None:
 
 def _windows(section: EvalSection, target: Target, texts: Sequence[Text]) -> dict[str, Tensor]:
     tokenizer = load_tokenizer(target.model.path)
+    most = None if section.windows is None else section.windows * section.seqlen
     return {
-        text.label: windows(token_ids(text, tokenizer), section.seqlen, most=section.windows, text=text, at_least=2)
+        text.label: windows(
+            token_ids(text, tokenizer, most=most), section.seqlen, most=section.windows, text=text, at_least=2
+        )
         for text in texts
     }
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from ctp_kernels.memory import keep_freed_memory
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -56,6 +57,7 @@ class Passes:
         Weights that are to be tuned are pruned first and quantized once they are tuned: rounding then meets the weights
         that stay, and what it costs is made up for by tuning scales.
         """
+        keep_freed_memory()
         section, rule, folder = self.job.section, self.job.rule, self.space.path
         calibration_NT, tuning_NT = ids_NT[: section.windows], ids_NT[-section.tune_windows :]
         if self.space.resumed:

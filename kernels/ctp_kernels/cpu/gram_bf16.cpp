@@ -18,7 +18,7 @@
 
 namespace {
 
-constexpr int64_t kPairs = 512;  // most tokens of a run, halved
+constexpr int64_t kPairs = 1024;  // most tokens of a run, halved
 constexpr int64_t kRows = 8;
 constexpr int64_t kVectors = 3;
 constexpr int64_t kColumns = 16 * kVectors;  // of a panel, and of a tile

@@ -37,3 +37,19 @@ def test_ids_are_those_of_the_text_alone() -> None:
     assert ids.dtype == torch.int64
     assert tokenizer.bos_token_id not in ids.tolist()
     assert tokenizer.decode(ids) == TEXT.content
+
+
+@pytest.mark.parametrize("most", [1, 50, 333, 100_000])
+def test_of_a_long_text_only_its_beginning_is_tokenized(most: int) -> None:
+    words = " ".join(str(number) for number in range(3000))  # more tokens a character than the first guess
+    text, tokenizer = Text("label", "numbers.txt", words), tiny_tokenizer(bos=False)
+    whole = token_ids(text, tokenizer)
+    assert token_ids(text, tokenizer, most=most).tolist() == whole[:most].tolist()
+    seen = []
+
+    def spy(content: str, **options: object) -> object:
+        seen.append(len(content))
+        return tokenizer(content, **options)
+
+    token_ids(text, spy, most=most)
+    assert max(seen) < len(words) / 2 or most > 1000
