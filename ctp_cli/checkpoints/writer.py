@@ -17,13 +17,11 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.core_model_loading import revert_weight_conversion
 
-from ctp_cli.checkpoints import gptq
+from ctp_cli.checkpoints.formats import LayerFormat
 from ctp_cli.compression.blockwise import LayerResult
 from ctp_cli.errors import InputError
 from ctp_cli.files import read_json, whole_file, write_json
 from ctp_cli.models.blocks import Block
-
-INDEX = "model.safetensors.index.json"
 
 
 @dataclass(frozen=True)
@@ -31,36 +29,43 @@ class ShardNames:
     """Shard 1 holds embeddings, head and everything outside of the blocks; shard i + 2 holds block i."""
 
     blocks: int
+    settings: LayerFormat | None
 
     def outside(self) -> str:
-        return f"model-00001-of-{self.blocks + 1:05d}.safetensors"
+        return self.block(-1)
 
     def block(self, index: int) -> str:
-        return f"model-{index + 2:05d}-of-{self.blocks + 1:05d}.safetensors"
+        return f"{_prefix(self.settings)}-{index + 2:05d}-of-{self.blocks + 1:05d}.safetensors"
 
 
-def block_tensors(
-    block: Block, results: Iterable[LayerResult], *, settings: gptq.GPTQSettings | None
-) -> dict[str, Tensor]:
+def _prefix(settings: LayerFormat | None) -> str:
+    return "model" if settings is None else settings.weights_prefix
+
+
+def block_tensors(block: Block, results: Iterable[LayerResult], *, settings: LayerFormat | None) -> dict[str, Tensor]:
     """A block's tensors by name on disk; quantized layers as codes if `settings` are given, else as dense weights."""
     tensors = {f"{block.name}.{name}": tensor for name, tensor in block.module.state_dict().items()}
     if settings is not None:
         for result in results:
             assert result.solution.codes is not None
             del tensors[f"{result.layer.name}.weight"]
-            tensors |= gptq.pack_layer(result.layer.name, result.solution.codes, settings)
+            tensors |= settings.pack(result.layer.name, result.solution.codes)
     return tensors
 
 
-def restore_block(block: Block, path: Path, *, settings: gptq.GPTQSettings | None) -> None:
+def restore_block(block: Block, path: Path, *, settings: LayerFormat | None) -> None:
     """Load a block's compressed weights back into the model, as `block_tensors` wrote them."""
     with _reading(path) as handle:
         for layer in block.layers:
             if settings is None:
                 layer.parameter.data.copy_(handle.get_tensor(f"{layer.name}.weight"))
             else:
-                parts = {part: handle.get_tensor(f"{layer.name}.{part}") for part in gptq.PARTS}
-                layer.set_weight(gptq.unpack_layer(layer.name, parts, settings).values())
+                layer.set_weight(settings.unpack(layer.name, _parts(handle, layer.name, settings)).values())
+
+
+def _parts(handle: Any, layer: str, settings: LayerFormat) -> dict[str, Tensor]:
+    held = set(handle.keys())
+    return {part: handle.get_tensor(f"{layer}.{part}") for part in settings.parts if f"{layer}.{part}" in held}
 
 
 def tuned_shards(
@@ -69,10 +74,10 @@ def tuned_shards(
     blocks: list[Block],
     factors_OG: Mapping[str, Tensor],
     *,
-    settings: gptq.GPTQSettings | None,
+    settings: LayerFormat | None,
 ) -> Iterator[tuple[Path, dict[str, Tensor]]]:
     """Every shard of a tuned model and its tensors: codes from the shards in `folder`, all else from the model."""
-    names = ShardNames(len(blocks))
+    names = ShardNames(len(blocks), settings)
     yield folder / names.outside(), outside_tensors(model, blocks)
     for block in blocks:
         path = folder / names.block(block.index)
@@ -81,8 +86,7 @@ def tuned_shards(
             with _reading(path) as handle:
                 for layer in block.layers:
                     del tensors[f"{layer.name}.weight"]
-                    packed = {part: handle.get_tensor(f"{layer.name}.{part}") for part in gptq.PARTS}
-                    packed["scales"] = (packed["scales"].float() * factors_OG[layer.name].cpu().T).half()
+                    packed = settings.scaled(_parts(handle, layer.name, settings), factors_OG[layer.name].cpu())
                     tensors |= {f"{layer.name}.{part}": tensor for part, tensor in packed.items()}
         yield path, tensors
 
@@ -135,16 +139,19 @@ def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> None:
         )
 
 
-def write_index(folder: Path) -> int:
+def write_index(folder: Path, *, settings: LayerFormat | None) -> int:
     """The index over all shards in `folder`, from their headers. Returns the bytes of all shard files."""
+    prefix = _prefix(settings)
     weight_map: dict[str, str] = {}
     total = 0
-    for file in sorted(folder.glob("model-*.safetensors")):
+    for file in sorted(folder.glob(f"{prefix}-*.safetensors")):
         with _reading(file) as handle:
             for name in handle.keys():  # noqa: SIM118 - not a dict
                 weight_map[name] = file.name
         total += file.stat().st_size
-    write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    write_json(
+        folder / f"{prefix}.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map}
+    )
     return total
 
 
@@ -153,9 +160,9 @@ def write_configuration(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     *,
-    settings: gptq.GPTQSettings | None,
+    settings: LayerFormat | None,
 ) -> None:
-    """config.json, generation_config.json, tokenizer files, and quantize_config.json where layers are packed."""
+    """config.json, generation_config.json, tokenizer files, and quantize_config.json for format gptq."""
     model.config.save_pretrained(folder)
     if model.generation_config is not None:
         model.generation_config.save_pretrained(folder)
@@ -163,7 +170,8 @@ def write_configuration(
     config = {**read_json(folder / "config.json"), **_keys_for_older_readers(model)}
     if settings is not None:
         config["quantization_config"] = settings.to_config()
-        write_json(folder / "quantize_config.json", settings.to_config())
+        if settings.name == "gptq":
+            write_json(folder / "quantize_config.json", settings.to_config())
     write_json(folder / "config.json", config)
 
 

@@ -23,7 +23,10 @@ def compress(
         str | None, typer.Option(help="Fraction to prune (0.5), or n:m (2:4).", rich_help_panel=WHAT)
     ] = None,
     bits: Annotated[int | None, typer.Option(help="2, 3, 4 or 8 bits per kept weight.", rich_help_panel=WHAT)] = None,
-    format: Annotated[str | None, typer.Option(help="auto, dense or gptq.", rich_help_panel=WHAT)] = None,
+    format: Annotated[
+        str | None,
+        typer.Option(help="auto, dense, gptq or ctp (small where pruned).", rich_help_panel=WHAT),
+    ] = None,
     group_size: Annotated[str | None, typer.Option(help="auto, row, or inputs per scale.", rich_help_panel=HOW)] = None,
     symmetric: Annotated[bool | None, typer.Option("--symmetric/--asymmetric", rich_help_panel=HOW)] = None,
     mse_clip: Annotated[

@@ -1,4 +1,4 @@
-"""Load a checkpoint folder, dense or GPTQ, as a frozen transformers model in evaluation mode."""
+"""Load a checkpoint folder, dense or quantized, as a frozen transformers model in evaluation mode."""
 
 import contextlib
 import json
@@ -18,7 +18,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from ctp_cli.checkpoints import gptq
+from ctp_cli.checkpoints.formats import format_of, read_dense_state
 from ctp_cli.errors import InputError, is_out_of_memory
 from ctp_cli.files import read_json
 
@@ -60,7 +60,7 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
 def load_model(path: Path, *, dtype: torch.dtype | None = None, device: str = "cpu") -> PreTrainedModel:
     """A causal language model with all parameters frozen, in eval mode.
 
-    `dtype` None keeps the checkpoint's. GPTQ codes are dequantized into dense layers, one layer at a time.
+    `dtype` None keeps the checkpoint's. Codes are dequantized into dense layers, one layer at a time.
     Raises InputError for a missing, damaged or unsupported checkpoint.
     """
     config = load_config(path)
@@ -74,7 +74,7 @@ def load_model(path: Path, *, dtype: torch.dtype | None = None, device: str = "c
                     path, dtype=dtype or "auto", trust_remote_code=False, output_loading_info=True
                 )
             else:
-                model, info = _load_gptq(path, config, quantization, dtype)
+                model, info = _load_packed(path, config, quantization, dtype)
     except _LOAD_FAILURES as error:
         if is_out_of_memory(error):
             raise
@@ -87,15 +87,13 @@ def load_model(path: Path, *, dtype: torch.dtype | None = None, device: str = "c
     return frozen
 
 
-def _load_gptq(path: Path, config: Any, quantization: Any, dtype: torch.dtype | None) -> tuple[Any, dict[str, Any]]:
-    settings = gptq.GPTQSettings.from_config(
-        quantization if isinstance(quantization, dict) else quantization.to_dict(), path
-    )
+def _load_packed(path: Path, config: Any, quantization: Any, dtype: torch.dtype | None) -> tuple[Any, dict[str, Any]]:
+    form = format_of(quantization if isinstance(quantization, dict) else quantization.to_dict(), path)
     del config.quantization_config
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     transposed = {name for name, module in skeleton.named_modules() if type(module).__name__ == "Conv1D"}
-    state = gptq.read_dense_state(path, settings, dtype=dtype or config.dtype or torch.float16, transposed=transposed)
+    state = read_dense_state(path, form, dtype=dtype or config.dtype or torch.float16, transposed=transposed)
     factory: Any = type(skeleton)  # the Auto class insists on a path
     model, info = factory.from_pretrained(
         None, config=config, state_dict=state, dtype=dtype or config.dtype, output_loading_info=True
@@ -117,8 +115,9 @@ def weight_files(path: Path) -> dict[str, Path]:
 
     Raises InputError if there are no safetensors files or the index names one that is not there.
     """
-    index = path / "model.safetensors.index.json"
-    if index.is_file():
+    for index in (path / f"{prefix}.safetensors.index.json" for prefix in ("model", "ctp")):
+        if not index.is_file():
+            continue
         names = read_json(index).get("weight_map")
         if not isinstance(names, dict) or not all(isinstance(f, str) and "/" not in f for f in names.values()):
             raise InputError(f"{index}: no usable weight_map")

@@ -34,9 +34,6 @@ from ctp_cli.prompts.file import Prompt
 from ctp_cli.prompts.rejection import RejectionRow, find_rejection_row, output_head
 from ctp_cli.prompts.vocab import StitchedTokenizer, check_saved_tokenizer, extend_tokenizer, save_tokenizer
 
-INDEX = "model.safetensors.index.json"
-_VOCABULARY_SHARD = "model-vocabulary.safetensors"
-_REST_SHARD = "model-rest.safetensors"
 _COPIED = ("quantize_config.json", "LICENSE*", "NOTICE*")
 
 
@@ -282,13 +279,15 @@ def _write_weights(base: Path, folder: Path, tensors: dict[str, torch.Tensor]) -
     """
     weight_map: dict[str, str] = {}
     linked = written = total = 0
-    for source in sorted(set(weight_files(base).values())):
+    sources = sorted(set(weight_files(base).values()))
+    prefix = "ctp" if sources[0].name.startswith("ctp-") else "model"
+    for source in sources:
         held = set(shards.read_header(source).tensors)
         kept = held - tensors.keys()
         if not kept:
             continue
         # a file called model.safetensors would be read instead of the index
-        name = _REST_SHARD if source.name == "model.safetensors" else source.name
+        name = "model-rest.safetensors" if source.name == "model.safetensors" else source.name
         if kept == held and shards.link_or_copy(source, folder / name):
             linked += source.stat().st_size
         elif kept == held:
@@ -297,12 +296,14 @@ def _write_weights(base: Path, folder: Path, tensors: dict[str, torch.Tensor]) -
             written += shards.copy_without(source, folder / name, tensors.keys())
         weight_map |= dict.fromkeys(kept, name)
         total += shards.read_header(folder / name).tensor_bytes
-    with whole_file(folder / _VOCABULARY_SHARD) as beside:
+    vocabulary = folder / f"{prefix}-vocabulary.safetensors"
+    with whole_file(vocabulary) as beside:
         save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, beside, metadata={"format": "pt"})
-    weight_map |= dict.fromkeys(tensors, _VOCABULARY_SHARD)
-    written += (folder / _VOCABULARY_SHARD).stat().st_size
-    total += shards.read_header(folder / _VOCABULARY_SHARD).tensor_bytes
-    write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
+    weight_map |= dict.fromkeys(tensors, vocabulary.name)
+    written += vocabulary.stat().st_size
+    total += shards.read_header(vocabulary).tensor_bytes
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    write_json(folder / f"{prefix}.safetensors.index.json", index)
     return linked, written
 
 

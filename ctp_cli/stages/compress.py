@@ -92,7 +92,7 @@ def compress(
         passes = Passes(job, space, network, blocks, model.path, progress)
         report, tunings = passes.run(ids_NT.to(device))
         job.write_shared_files(space.path, network, tokenizer)
-        sizes = _sizes(space, network, blocks)
+        sizes = _sizes(job, space, network, blocks)
         notes = _notes(job, sizes)
         space.finish(
             {
@@ -205,13 +205,13 @@ def _check_fits_model(config: Any, tokenizer: PreTrainedTokenizerBase, ids_NT: T
         )
 
 
-def _sizes(space: Workspace, network: PreTrainedModel, blocks: Sequence[Block]) -> dict[str, Any]:
+def _sizes(job: Job, space: Workspace, network: PreTrainedModel, blocks: Sequence[Block]) -> dict[str, Any]:
     shards = {path.name: path.stat().st_size for path in space.path.glob("*.safetensors")}
     parameters = writer.parameter_count(network)
     linear = sum(layer.weight_OI.numel() for block in blocks for layer in block.layers)
     unlinear = sum(p.numel() for block in blocks for p in block.module.parameters()) - linear
     bits = writer.dtype_bits(network.dtype)
-    names = writer.ShardNames(len(blocks))
+    names = writer.ShardNames(len(blocks), job.settings)
     in_blocks = sum(size for name, size in shards.items() if name != names.outside())
     return {
         "checkpoint_bytes": sum(shards.values()),
@@ -223,11 +223,14 @@ def _sizes(space: Workspace, network: PreTrainedModel, blocks: Sequence[Block]) 
 
 def _notes(job: Job, sizes: dict[str, Any]) -> tuple[str, ...]:
     notes = []
-    if job.section.sparsity is not None:
+    if job.section.sparsity is not None and job.format != "ctp":
         what = f"a dense {job.section.bits}-bit one" if job.settings else "the original"
         notes.append(
             f"format {job.format} stores pruned weights like any other: this checkpoint is no smaller than {what}"
+            + ("; --format ctp is" if job.settings else "")
         )
+    if job.format == "ctp":
+        notes.append("format ctp is read by ctp alone; --format gptq is for other engines")
     if job.settings is None and job.section.bits is not None:
         notes.append(f"format dense stores the rounded weights in {sizes['bits_per_weight']:.0f} bits each")
     return tuple(notes)

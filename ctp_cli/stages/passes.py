@@ -10,7 +10,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ctp_cli.artifact import Workspace
-from ctp_cli.checkpoints import gptq, writer
+from ctp_cli.checkpoints import writer
+from ctp_cli.checkpoints.formats import LayerFormat
 from ctp_cli.compression.blockwise import FullBlock, LayerResult, compress_block
 from ctp_cli.compression.hessian import all_finite
 from ctp_cli.compression.solver import SolverRule
@@ -109,16 +110,16 @@ class Passes:
         )
 
     def _pass(
-        self, folder: Path, rule: SolverRule, settings: gptq.GPTQSettings | None, ids_NT: Tensor
+        self, folder: Path, rule: SolverRule, settings: LayerFormat | None, ids_NT: Tensor
     ) -> list[dict[str, Any]]:
         """Solve every block and write it to its shard. What became of every layer."""
         with fast_attention():
             return self._solve_blocks(folder, rule, settings, ids_NT)
 
     def _solve_blocks(
-        self, folder: Path, rule: SolverRule, settings: gptq.GPTQSettings | None, ids_NT: Tensor
+        self, folder: Path, rule: SolverRule, settings: LayerFormat | None, ids_NT: Tensor
     ) -> list[dict[str, Any]]:
-        names = writer.ShardNames(len(self.blocks))
+        names = writer.ShardNames(len(self.blocks), settings)
         writer.write_shard(folder / names.outside(), writer.outside_tensors(self.network, self.blocks))
         batch = max(1, _BATCH_TOKENS.get(ids_NT.device.type, 2048) // ids_NT.shape[1])
         state = start_walk(self.network, self.blocks, [(ids_BT, None) for ids_BT in ids_NT.split(batch)])

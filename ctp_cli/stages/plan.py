@@ -7,7 +7,10 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from ctp_cli.checkpoints import gptq, writer
+from ctp_cli.checkpoints import writer
+from ctp_cli.checkpoints.formats import LayerFormat
+from ctp_cli.checkpoints.gptq import GPTQSettings
+from ctp_cli.checkpoints.packed import PackedSettings
 from ctp_cli.compression.grid import GridRule
 from ctp_cli.compression.masks import MaskRule
 from ctp_cli.compression.solver import SolverRule
@@ -22,11 +25,11 @@ AUTO_GROUP_SIZES = (128, 64, 32)
 class Job:
     section: CompressSection
     rule: SolverRule
-    settings: gptq.GPTQSettings | None
+    settings: LayerFormat | None
 
     @property
     def format(self) -> str:
-        return "dense" if self.settings is None else "gptq"
+        return "dense" if self.settings is None else self.settings.name
 
     @classmethod
     def plan(cls, section: CompressSection, network: PreTrainedModel, blocks: Sequence[Block]) -> "Job":
@@ -35,15 +38,14 @@ class Job:
         rule = solver_rule(section, layers)
         if section.bits is None or section.format == "dense":
             return cls(section, rule, None)
-        for layer in layers:
-            out_features, in_features = layer.weight_OI.shape
-            gptq.check_packable(layer.name, out_features=out_features, in_features=in_features, bits=section.bits)
         grid = rule.grid
         assert grid is not None
-        return cls(
-            section,
-            rule,
-            gptq.GPTQSettings(
+        settings: LayerFormat
+        if section.format == "ctp":
+            run = (rule.mask.n, rule.mask.m) if rule.mask is not None and rule.mask.m else None
+            settings = PackedSettings(section.bits, grid.group_size or -1, section.symmetric, run)
+        else:
+            settings = GPTQSettings(
                 bits=section.bits,
                 group_size=grid.group_size or -1,
                 symmetric=section.symmetric,
@@ -52,8 +54,11 @@ class Job:
                 true_sequential=section.true_sequential,
                 static_groups=rule.static_grids,
                 zero_offset=1 if section.symmetric else 0,
-            ),
-        )
+            )
+        for layer in layers:
+            out_features, in_features = layer.weight_OI.shape
+            settings.check_layer(layer.name, out_features=out_features, in_features=in_features)
+        return cls(section, rule, settings)
 
     def tuned_group_size(self, blocks: Sequence[Block]) -> int | None:
         """Groups of the grid; without one, the largest usual groups that fit, or whole rows."""
@@ -63,7 +68,7 @@ class Job:
         return next((size for size in AUTO_GROUP_SIZES if all(width % size == 0 for width in widths)), None)
 
     def write_shared_files(self, folder: Path, network: PreTrainedModel, tokenizer: Any) -> None:
-        writer.write_index(folder)
+        writer.write_index(folder, settings=self.settings)
         writer.write_configuration(folder, network, tokenizer, settings=self.settings)
 
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from ctp_cli.checkpoints.gptq import GPTQSettings, check_packable, pack_layer, unpack_layer
+from ctp_cli.checkpoints.formats import format_of
+from ctp_cli.checkpoints.gptq import GPTQSettings
 from ctp_cli.compression.solver import Codes
 from ctp_cli.errors import InputError
 
@@ -28,7 +29,7 @@ def settings_for(bits: int, **other: int) -> GPTQSettings:
 
 
 def parts_of(codes: Codes, bits: int, *, zero_offset: int = 1) -> dict[str, torch.Tensor]:
-    packed = pack_layer("layer", codes, settings_for(bits, zero_offset=zero_offset))
+    packed = settings_for(bits, zero_offset=zero_offset).pack("layer", codes)
     return {name.removeprefix("layer."): tensor for name, tensor in packed.items()}
 
 
@@ -54,7 +55,7 @@ def test_the_stored_bits_mean_the_weight_by_the_published_formula(bits: int, sym
     weight_IO = formula(parts, bits, zero_offset=zero_offset)
     # one float32 product against a float64 one
     np.testing.assert_allclose(codes.values().numpy().T, weight_IO, rtol=1e-6)
-    back = unpack_layer("layer", parts, settings_for(bits, zero_offset=zero_offset))
+    back = settings_for(bits, zero_offset=zero_offset).unpack("layer", parts)
     for name in ("codes_OI", "scales_OG", "zeros_OG", "g_idx_I"):
         assert torch.equal(getattr(back, name), getattr(codes, name)), name
 
@@ -69,7 +70,7 @@ def test_symmetric_four_bit_zero_points_are_sevens() -> None:
 def test_v2_stores_the_zero_point_itself(bits: int) -> None:
     codes = random_codes(bits, symmetric=False)
     parts = parts_of(codes, bits)
-    read = unpack_layer("layer", parts, settings_for(bits, zero_offset=0))
+    read = settings_for(bits, zero_offset=0).unpack("layer", parts)
     assert torch.equal(read.zeros_OG, codes.zeros_OG - 1)
     np.testing.assert_allclose(read.values().numpy().T, formula(parts, bits, zero_offset=0), rtol=1e-6)
 
@@ -78,9 +79,9 @@ def test_g_idx_may_be_missing_or_scattered() -> None:
     codes = random_codes(4, symmetric=True)
     parts = parts_of(codes, 4)
     del parts["g_idx"]
-    assert torch.equal(unpack_layer("layer", parts, settings_for(4)).values(), codes.values())
+    assert torch.equal(settings_for(4).unpack("layer", parts).values(), codes.values())
     scattered = Codes(codes.codes_OI, codes.scales_OG, codes.zeros_OG, codes.g_idx_I.flip(0))
-    back = unpack_layer("layer", parts_of(scattered, 4), settings_for(4)).values()
+    back = settings_for(4).unpack("layer", parts_of(scattered, 4)).values()
     assert torch.equal(back, scattered.values())
     assert not torch.equal(back, codes.values())
 
@@ -108,16 +109,16 @@ def test_g_idx_may_be_missing_or_scattered() -> None:
 def test_parts_of_lying_shapes_are_refused_by_name(lie: dict[str, torch.Tensor]) -> None:
     parts = {**parts_of(random_codes(4, symmetric=True), 4), **lie}
     with pytest.raises(InputError, match=r"^model\.layers\.0\.fc1: .*shapes"):
-        unpack_layer("model.layers.0.fc1", parts, settings_for(4))
+        settings_for(4).unpack("model.layers.0.fc1", parts)
 
 
 def test_other_bits_than_the_settings_say_are_refused() -> None:
     with pytest.raises(InputError, match="do not go together"):
-        unpack_layer("layer", parts_of(random_codes(8, symmetric=True), 8), settings_for(4))
+        settings_for(4).unpack("layer", parts_of(random_codes(8, symmetric=True), 8))
     three = parts_of(random_codes(4, symmetric=True), 4)  # 8 words are no whole runs of three
     del three["g_idx"]
     with pytest.raises(InputError):
-        unpack_layer("layer", three, settings_for(3))
+        settings_for(3).unpack("layer", three)
 
 
 @pytest.mark.parametrize("part", ["qweight", "qzeros", "scales"])
@@ -125,7 +126,7 @@ def test_a_missing_part_is_named(part: str) -> None:
     parts = parts_of(random_codes(4, symmetric=True), 4)
     del parts[part]
     with pytest.raises(InputError, match=rf"layer: {part} missing"):
-        unpack_layer("layer", parts, settings_for(4))
+        settings_for(4).unpack("layer", parts)
 
 
 @pytest.mark.parametrize(
@@ -143,7 +144,7 @@ def test_settings_that_are_not_known_are_refused(changes: dict[str, object], mes
     config = settings_for(4).to_config()
     assert GPTQSettings.from_config(config, Path("model")) == GPTQSettings(4, 32, False, False)
     with pytest.raises(InputError, match=message):
-        GPTQSettings.from_config({**config, **changes}, Path("model"))
+        format_of({**config, **changes}, Path("model"))
 
 
 def test_the_format_version_decides_what_a_stored_zero_point_means() -> None:
@@ -154,7 +155,7 @@ def test_the_format_version_decides_what_a_stored_zero_point_means() -> None:
 
 @pytest.mark.parametrize(("outputs", "inputs", "word"), [(48, 64, "48 outputs"), (64, 40, "40 inputs")])
 def test_layers_that_do_not_fill_words_are_refused(outputs: int, inputs: int, word: str) -> None:
-    check_packable("layer", out_features=64, in_features=96, bits=3)
+    settings_for(3).check_layer("layer", out_features=64, in_features=96)
     with pytest.raises(InputError, match=rf"layer: {word}") as caught:
-        check_packable("layer", out_features=outputs, in_features=inputs, bits=4)
+        settings_for(4).check_layer("layer", out_features=outputs, in_features=inputs)
     assert "dense" in caught.value.hint

@@ -69,11 +69,12 @@ def solved(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         {"format": "gptq"},
         {"format": "gptq", "symmetric": False, "bits": 3, "act_order": "column"},
         {"format": "dense"},
+        {"format": "ctp"},
         {"target": "full"},
-        {"tune_windows": 2, "tune": "scales"},
+        {"tune_windows": 2, "tune": "scales", "format": "ctp"},
         {"tune_windows": 2, "bits": None},
     ],
-    ids=["gptq", "gptq-asymmetric-3-bit-column", "dense", "aiming-at-full", "tuned-scales", "tuned-pruned"],
+    ids=["gptq", "gptq-asymmetric-3-bit-column", "dense", "ctp", "aiming-at-full", "tuned-scales", "tuned-pruned"],
 )
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
     model: Path, text: Path, tmp_path: Path, done: int, settings: dict[str, object], solved: list[int]

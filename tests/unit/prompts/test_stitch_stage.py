@@ -12,6 +12,8 @@ from tiny_models import VOCAB_SIZE, tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ctp_cli.errors import InputError, OutputError, UnfinishedError
+from ctp_cli.models.loading import load_model
+from ctp_cli.models.resolve import resolve_model
 from ctp_cli.prompts import rejection
 from ctp_cli.prompts.file import (
     Prompt,
@@ -21,7 +23,8 @@ from ctp_cli.prompts.file import (
     load_prompt,
     save_prompt,
 )
-from ctp_cli.recipe import StitchSection
+from ctp_cli.recipe import CompressSection, StitchSection
+from ctp_cli.stages.compress import compress
 from ctp_cli.stages.stitch import stitch
 
 
@@ -97,6 +100,26 @@ def test_another_compression_of_the_same_model_is_welcome(made):
     with torch.no_grad():
         logits = model(**tokenizer(TEXT, return_tensors="pt")).logits
     assert torch.allclose(logits[..., :VOCAB_SIZE], _expected(made, "pruned")[0], atol=1e-5)
+
+
+def test_a_packed_checkpoint_stays_packed(made):
+    text = made / "text.txt"
+    text.write_text("What is pruned takes one bit, and a prompt does not change that. " * 40)
+    section = CompressSection(
+        sparsity=0.5, bits=4, group_size=32, windows=4, seqlen=32, format="ctp", calibration=str(text)
+    )
+    compress(section, model=resolve_model(str(made / "base")), output=made / "packed")
+    report = _stitch(made, model="packed")
+    assert not list(report.path.glob("model*"))
+    assert (report.path / "ctp-00002-of-00003.safetensors").samefile(made / "packed" / "ctp-00002-of-00003.safetensors")
+    base, stitched = load_model(made / "packed"), load_model(report.path)
+    tokenizer = AutoTokenizer.from_pretrained(report.path)
+    ids = AutoTokenizer.from_pretrained(made / "base")(TEXT, add_special_tokens=False, return_tensors="pt")["input_ids"]
+    rows = load_prompt(made).embeddings[None]
+    with torch.no_grad():
+        logits = stitched(**tokenizer(TEXT, return_tensors="pt")).logits
+        expected = base(inputs_embeds=torch.cat([rows, base.get_input_embeddings()(ids)], dim=1)).logits
+    assert torch.allclose(logits[..., :VOCAB_SIZE], expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("format", ["vocab", "peft"])

@@ -1,0 +1,94 @@
+"""What every format of quantized layers offers, and which one a checkpoint is in.
+
+O=out_features G=groups
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from ctp_cli.checkpoints.gptq import GPTQSettings
+from ctp_cli.checkpoints.packed import PackedSettings
+from ctp_cli.compression.solver import Codes
+from ctp_cli.errors import InputError
+
+
+class LayerFormat(Protocol):
+    """The settings of one checkpoint; a layer's parts are tensors under its name."""
+
+    name: ClassVar[str]
+    weights_prefix: ClassVar[str]
+    """Of the names of weight files and of their index."""
+    parts: ClassVar[tuple[str, ...]]
+    """All that a layer may have."""
+
+    @property
+    def bits(self) -> int: ...
+
+    @property
+    def group_size(self) -> int: ...
+
+    def check_layer(self, name: str, *, out_features: int, in_features: int) -> None:
+        """Raises InputError for a layer whose sizes the format cannot hold."""
+
+    def pack(self, name: str, codes: Codes) -> dict[str, Tensor]:
+        """A layer's tensors under their names on disk."""
+
+    def unpack(self, name: str, parts: dict[str, Tensor]) -> Codes:
+        """The codes of one layer from its parts. Raises InputError if they do not go together."""
+
+    def scaled(self, parts: dict[str, Tensor], factors_OG: Tensor) -> dict[str, Tensor]:
+        """The same layer with scales times these factors."""
+
+    def to_config(self) -> dict[str, Any]:
+        """As it stands in config.json."""
+
+
+FORMATS: dict[str, type[GPTQSettings] | type[PackedSettings]] = {
+    format.name: format for format in (GPTQSettings, PackedSettings)
+}
+
+
+def format_of(config: dict[str, Any], path: Path) -> LayerFormat:
+    """The format that a quantization_config names. Raises InputError for another method, or for senseless settings."""
+    method = config.get("quant_method")
+    known = FORMATS.get(str(method))
+    if known is None:
+        raise InputError(
+            f"{path}: quantized by {method!r}, which ctp cannot read",
+            hint=f"readable are dense, {' and '.join(FORMATS)} checkpoints",
+        )
+    return known.from_config(config, path)
+
+
+def read_dense_state(path: Path, form: LayerFormat, *, dtype: torch.dtype, transposed: set[str]) -> dict[str, Tensor]:
+    """All tensors of a checkpoint, packed layers dequantized to `dtype`; layers in `transposed` as (in, out)."""
+    state: dict[str, Tensor] = {}
+    packed: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in _tensors(path):
+        layer, _, part = name.rpartition(".")
+        if part in form.parts:
+            packed.setdefault(layer, {})[part] = tensor
+            if len(packed[layer]) == len(form.parts):
+                state[f"{layer}.weight"] = _dense(layer, packed.pop(layer), form, dtype, layer in transposed)
+        else:
+            state[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
+    for layer, parts in packed.items():
+        state[f"{layer}.weight"] = _dense(layer, parts, form, dtype, layer in transposed)
+    return state
+
+
+def _dense(layer: str, parts: dict[str, Tensor], form: LayerFormat, dtype: torch.dtype, transposed: bool) -> Tensor:
+    values_OI = form.unpack(layer, parts).values().to(dtype)
+    return (values_OI.T if transposed else values_OI).contiguous()
+
+
+def _tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
+    for file in sorted(path.glob("*.safetensors")):
+        with safe_open(file, "pt") as handle:
+            for name in handle.keys():  # noqa: SIM118 - not a dict
+                yield name, handle.get_tensor(name)
