@@ -18,7 +18,7 @@ LAYERS = [
     {"commands"},
     {"runner"},
     {"stages"},
-    {"prompts", "evaluation", "benchmark", "checkpoints", "compression"},
+    {"prompts", "evaluation", "benchmark", "checkpoints", "compression", "integration"},
     {"models", "data"},
 ]
 ANYWHERE = {"errors", "progress", "files", "__init__"}
@@ -26,6 +26,7 @@ UPPER_ONLY = {"recipe": {"commands", "runner", "stages"}, "artifact": {"commands
 SAME_LAYER = {  # who may use whom among equals
     "checkpoints": {"compression"},
     "prompts": {"evaluation", "checkpoints"},
+    "integration": {"checkpoints"},
 }
 # models/loading reads packed checkpoints, whose form is the checkpoints' business
 KNOWN_UPWARD = {("models/loading.py", "checkpoints")}

@@ -10,7 +10,6 @@ from ctp_kernels.ragged import pack_bits, pack_kept, row_starts, unpack_bits, un
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import VOCAB_SIZE, tiny_model
-from transformers import AutoModelForCausalLM
 
 from ctp_cli.checkpoints.packed import PackedSettings
 from ctp_cli.compression.solver import Codes
@@ -189,9 +188,3 @@ def test_a_checkpoint_holds_the_same_model_in_fewer_bytes(
     assert not any("no smaller" in note for note in packed.notes)
     weight_map = json.loads((tmp_path / "ctp" / "ctp.safetensors.index.json").read_text())["weight_map"]
     assert weight_map.keys() == stored_tensors(tmp_path / "ctp").keys()
-
-
-def test_transformers_alone_refuses_instead_of_reading_wrong_weights(llama: Path, tmp_path: Path) -> None:
-    run(llama, tmp_path / "ctp", calibration_text(tmp_path), format="ctp")
-    with pytest.raises(OSError, match=r"model\.safetensors"):
-        AutoModelForCausalLM.from_pretrained(tmp_path / "ctp")

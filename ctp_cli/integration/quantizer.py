@@ -1,0 +1,91 @@
+"""transformers' interface for formats of quantized weights, for format ctp."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from ctp_cli.checkpoints.packed import PackedSettings
+from ctp_cli.integration.linear import PackedLinear
+
+_INDEX = f"{PackedSettings.weights_prefix}.safetensors.index.json"
+
+
+@register_quantization_config(PackedSettings.name)
+class CtpConfig(QuantizationConfigMixin):
+    """quantization_config of a checkpoint's config.json."""
+
+    def __init__(self, **settings: Any) -> None:
+        self.quant_method: Any = PackedSettings.name  # transformers declares one of its own methods
+        self.packed = PackedSettings.from_config(settings, Path("config.json"))
+
+    def to_dict(self) -> dict[str, Any]:
+        return self.packed.to_config()
+
+
+@register_quantizer(PackedSettings.name)
+class CtpQuantizer(HfQuantizer):
+    """Linear layers become `PackedLinear`; their weights are never dense for longer than a product takes."""
+
+    requires_calibration = True
+    quantization_config: CtpConfig
+    is_trainable: ClassVar[bool] = True
+    """Of what stands before the frozen layers, such as a prompt: gradients go through them."""
+
+    def is_serializable(self) -> bool:
+        return True
+
+    def update_attn_implementation(self, config: Any) -> Any:
+        # the one moment at which a quantizer sees the config before files are looked for
+        folder = Path(config.name_or_path)
+        if not (folder / "model.safetensors").is_file() and not (folder / "model.safetensors.index.json").is_file():
+            config.transformers_weights = _INDEX
+        return super().update_attn_implementation(config)
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: Iterable[str] = (), **_: Any
+    ) -> None:
+        settings = self.quantization_config.packed
+        for name, parts in _packed_layers(checkpoint_files, settings).items():
+            module = model.get_submodule(name)
+            if not isinstance(module, nn.Linear | Conv1D):
+                raise ValueError(f"{name} is packed in the checkpoint and no linear layer in the model")
+            outputs, inputs = module.weight.shape if isinstance(module, nn.Linear) else reversed(module.weight.shape)
+            packed = PackedLinear(settings, inputs, outputs, parts, bias=module.bias is not None)
+            model.set_submodule(name, packed)
+            # GPT-2's attention would give its layers' weights initial values, and there are none
+            parent: Any = model.get_submodule(name.rpartition(".")[0])
+            parent._is_hf_initialized = True
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
+        if hasattr(model.config, "transformers_weights"):
+            del model.config.transformers_weights  # of how it was loaded; it would be saved with the model
+        for name, module in model.named_modules():
+            if isinstance(module, PackedLinear):
+                try:
+                    module.prepare()
+                except ValueError as error:
+                    raise ValueError(f"{name}: {error}") from None
+        return model
+
+
+def _packed_layers(files: Iterable[str], settings: PackedSettings) -> dict[str, dict[str, Tensor]]:
+    """Every packed layer's parts as empty tensors, by the headers of the files."""
+    layers: dict[str, dict[str, Tensor]] = {}
+    kinds = {"U8": torch.uint8, "F16": torch.float16, "I32": torch.int32}
+    for file in files:
+        with safe_open(file, "pt") as handle:
+            for name in handle.keys():  # noqa: SIM118 - not a dict
+                layer, _, part = name.rpartition(".")
+                if part in settings.parts and (piece := handle.get_slice(name)).get_dtype() in kinds:
+                    empty = torch.empty(piece.get_shape(), dtype=kinds[piece.get_dtype()], device="meta")
+                    layers.setdefault(layer, {})[part] = empty
+    return {layer: parts for layer, parts in layers.items() if {"codes", "scales"} <= parts.keys()}
