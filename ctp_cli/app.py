@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from ctp_cli import __version__
-from ctp_cli.commands import bench, compress, eval, learn, run, stitch
+from ctp_cli.commands import bench, compress, convert, eval, learn, run, stitch
 from ctp_cli.commands.common import DEBUG_VARIABLE, INTERRUPTED
 from ctp_cli.console import Console
 
@@ -46,6 +46,7 @@ app.command("learn")(learn.learn)
 app.command("stitch")(stitch.stitch)
 app.command("eval")(eval.evaluate)
 app.command("bench")(bench.bench)
+app.command("convert")(convert.convert)
 app.command("run")(run.run)
 
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from ctp_cli import __version__
-from ctp_cli.errors import InputError, OutputError
+from ctp_cli.errors import CtpError, InputError, OutputError, UnfinishedError
 from ctp_cli.files import read_json, sync_folder, write_json
 
 MANIFEST = "ctp.json"
@@ -134,6 +134,35 @@ def workspace(output: Path, *, kind: str, identity: Mapping[str, Any], force: bo
             if partial.exists() and not any(p.name != IDENTITY for p in partial.iterdir()):
                 shutil.rmtree(partial)
             lock_path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def all_or_nothing(space: Workspace) -> Iterator[None]:
+    """For what takes seconds: it starts over rather than going on, and leaves nothing when it fails."""
+    _empty(space.path)
+    try:
+        yield
+    except CtpError:
+        _empty(space.path)
+        raise
+    except OSError as error:
+        _empty(space.path)
+        raise UnfinishedError(
+            f"{space.output}: {error.strerror or error}", hint="make room and repeat the command"
+        ) from None
+    except BaseException:
+        _empty(space.path)
+        raise
+
+
+def _empty(folder: Path) -> None:
+    if not folder.is_dir():  # already renamed to its final name
+        return
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != IDENTITY:
+            path.unlink()
 
 
 def refuse_existing(output: Path, *, force: bool, reads: Path | None = None) -> None:

@@ -32,6 +32,9 @@ class LayerFormat(Protocol):
     @property
     def group_size(self) -> int: ...
 
+    @property
+    def symmetric(self) -> bool: ...
+
     def check_layer(self, name: str, *, out_features: int, in_features: int) -> None:
         """Raises InputError for a layer whose sizes the format cannot hold."""
 
@@ -63,6 +66,26 @@ def format_of(config: dict[str, Any], path: Path) -> LayerFormat:
             hint=f"readable are dense, {' and '.join(FORMATS)} checkpoints",
         )
     return known.from_config(config, path)
+
+
+def same_in(name: str, source: LayerFormat, *, scattered: bool) -> LayerFormat | None:
+    """The settings of the same codes in the format called `name`, None for dense weights.
+
+    `scattered`: some layer's groups are no runs of inputs.
+    """
+    if name == "dense":
+        return None
+    if name == source.name:
+        return source
+    if name == PackedSettings.name:
+        return PackedSettings(source.bits, source.group_size, source.symmetric)
+    return GPTQSettings(
+        bits=source.bits,
+        group_size=source.group_size,
+        symmetric=source.symmetric,
+        desc_act=scattered,
+        zero_offset=1 if source.symmetric else 0,
+    )
 
 
 def read_dense_state(path: Path, form: LayerFormat, *, dtype: torch.dtype, transposed: set[str]) -> dict[str, Tensor]:

@@ -74,6 +74,8 @@ class PackedSettings:
 
     def pack(self, name: str, codes: Codes) -> dict[str, Tensor]:
         outputs, inputs = codes.codes_OI.shape
+        if self.symmetric and bool((codes.zeros_OG != 2 ** (self.bits - 1)).any()):
+            raise InputError(f"{name}: said to be symmetric, but its zero points are not {2 ** (self.bits - 1)}")
         index = codes.g_idx_I.long()
         keep_OI = codes.codes_OI != codes.zeros_OG[:, index]
         runs = self.run if self.run is not None and _fits(keep_OI, self.run) else None

@@ -2,10 +2,7 @@
 checkpoint.
 """
 
-import contextlib
 import pydoc_data.topics
-import shutil
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,15 +11,15 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ctp_cli.artifact import (
-    IDENTITY,
     MANIFEST,
     Workspace,
+    all_or_nothing,
     file_fingerprint,
     manifest_of,
     refuse_existing,
     workspace,
 )
-from ctp_cli.errors import CtpError, InputError, UnfinishedError
+from ctp_cli.errors import InputError
 from ctp_cli.models.loading import decoder_embedding, load_model, load_tokenizer
 from ctp_cli.progress import SILENT, Progress
 from ctp_cli.prompts.file import Prompt, check_fits, fingerprint_embedding, fingerprint_tokenizer, load_prompt
@@ -75,7 +72,7 @@ def stitch(
     identity = {"stitch": section.model_dump(), **inputs}
     with (
         workspace(output, kind=KINDS[section.format], identity=identity, force=force) as space,
-        _all_or_nothing(space),
+        all_or_nothing(space),
     ):
         if section.format == "peft":
             report, details = _peft(space, prompt, model, tokenizer, model_path, unverified)
@@ -172,32 +169,3 @@ def _inputs(
             "tokenizer_fingerprint": fingerprint_tokenizer(tokenizer),
         },
     }
-
-
-@contextlib.contextmanager
-def _all_or_nothing(space: Workspace) -> Iterator[None]:
-    """Stitching takes seconds: it starts over rather than going on, and leaves nothing when it fails."""
-    _empty(space.path)
-    try:
-        yield
-    except CtpError:
-        _empty(space.path)
-        raise
-    except OSError as error:
-        _empty(space.path)
-        raise UnfinishedError(
-            f"{space.output}: {error.strerror or error}", hint="make room and repeat the command"
-        ) from None
-    except BaseException:
-        _empty(space.path)
-        raise
-
-
-def _empty(folder: Path) -> None:
-    if not folder.is_dir():  # already renamed to its final name
-        return
-    for path in folder.iterdir():
-        if path.is_dir():
-            shutil.rmtree(path)
-        elif path.name != IDENTITY:
-            path.unlink()

@@ -1,0 +1,64 @@
+"""A quantized checkpoint in another format: the same codes, laid out anew, file by file."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from ctp_cli.checkpoints.formats import LayerFormat
+from ctp_cli.errors import InputError
+
+
+def converted_files(
+    files: dict[str, Path], source: LayerFormat, target: LayerFormat | None, *, dtype: torch.dtype, transposed: set[str]
+) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """Name and tensors of every weight file of the checkpoint in its new format; dense layers in `dtype`.
+
+    `files`: tensor name -> file. Layers in `transposed` are stored (in, out) where they are dense.
+    Raises: InputError if a layer is not whole, or the new format cannot hold it.
+    """
+    layers: dict[str, dict[str, Path]] = {}
+    for name, file in files.items():
+        layer, _, part = name.rpartition(".")
+        if part in source.parts and f"{layer}.scales" in files:
+            layers.setdefault(layer, {})[part] = file
+    packed = {f"{layer}.{part}" for layer, parts in layers.items() for part in parts}
+    for file in sorted(set(files.values())):
+        with safe_open(file, "pt") as handle:
+            tensors = {name: handle.get_tensor(name) for name in handle.keys() if name not in packed}  # noqa: SIM118
+        for layer, parts in layers.items():
+            if max(parts.values()) == file:  # a layer goes where the last of its parts was
+                tensors |= _converted(layer, _read(layer, parts), source, target, dtype, layer in transposed)
+        if tensors:
+            yield _renamed(file.name, source, target), tensors
+
+
+def _read(layer: str, parts: dict[str, Path]) -> dict[str, Tensor]:
+    read = {}
+    for part, file in parts.items():
+        with safe_open(file, "pt") as handle:
+            read[part] = handle.get_tensor(f"{layer}.{part}")
+    return read
+
+
+def _converted(
+    layer: str, parts: dict[str, Tensor], source: LayerFormat, target: LayerFormat | None, dtype: Any, transposed: bool
+) -> dict[str, Tensor]:
+    codes = source.unpack(layer, parts)
+    if target is None:
+        weight_OI = codes.values().to(dtype)
+        return {f"{layer}.weight": weight_OI.T.contiguous() if transposed else weight_OI}
+    outputs, inputs = codes.codes_OI.shape
+    target.check_layer(layer, out_features=outputs, in_features=inputs)
+    return target.pack(layer, codes)
+
+
+def _renamed(name: str, source: LayerFormat, target: LayerFormat | None) -> str:
+    prefix = "model" if target is None else target.weights_prefix
+    rest = name.removeprefix(source.weights_prefix)
+    if rest == name:
+        raise InputError(f"{name}: weight files of format {source.name} are called {source.weights_prefix}...")
+    return f"{prefix}-00001-of-00001.safetensors" if rest == ".safetensors" else prefix + rest
