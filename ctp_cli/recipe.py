@@ -107,14 +107,14 @@ class CompressSection(Section):
     """Calibration windows."""
     seqlen: Annotated[int, Field(ge=8)] = 1024
     """Tokens per calibration window."""
-    format: Literal["auto", "dense", "gptq", "ctp"] = "auto"
+    format: Literal["auto", "dense", "gptq", "compressed-tensors", "ctp"] = "auto"
     """auto: gptq where there are bits, dense otherwise."""
 
     @model_validator(mode="after")
     def _something_to_do(self) -> "CompressSection":
         if self.sparsity is None and self.bits is None:
             raise ValueError("nothing to do: give sparsity, bits or both")
-        if self.format in ("gptq", "ctp") and self.bits is None:
+        if self.format not in ("auto", "dense") and self.bits is None:
             raise ValueError(f"format {self.format} stores quantized weights: give bits, or format dense")
         if self.target == "full" and not self.true_sequential:
             raise ValueError("target full needs true_sequential, or layers would share an error: use target layer")

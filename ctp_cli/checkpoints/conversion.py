@@ -23,7 +23,7 @@ def converted_files(
     layers: dict[str, dict[str, Path]] = {}
     for name, file in files.items():
         layer, _, part = name.rpartition(".")
-        if part in source.parts and f"{layer}.scales" in files:
+        if part in source.parts and f"{layer}.{source.parts[0]}" in files:
             layers.setdefault(layer, {})[part] = file
     packed = {f"{layer}.{part}" for layer, parts in layers.items() for part in parts}
     for file in sorted(set(files.values())):

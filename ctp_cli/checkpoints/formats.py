@@ -11,6 +11,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from ctp_cli.checkpoints.compressed_tensors import CompressedTensorsSettings
 from ctp_cli.checkpoints.gptq import GPTQSettings
 from ctp_cli.checkpoints.packed import PackedSettings
 from ctp_cli.compression.solver import Codes
@@ -24,7 +25,7 @@ class LayerFormat(Protocol):
     weights_prefix: ClassVar[str]
     """Of the names of weight files and of their index."""
     parts: ClassVar[tuple[str, ...]]
-    """All that a layer may have."""
+    """All that a layer may have; the first is what it must have."""
 
     @property
     def bits(self) -> int: ...
@@ -51,8 +52,8 @@ class LayerFormat(Protocol):
         """As it stands in config.json."""
 
 
-FORMATS: dict[str, type[GPTQSettings] | type[PackedSettings]] = {
-    format.name: format for format in (GPTQSettings, PackedSettings)
+FORMATS: dict[str, type[GPTQSettings] | type[PackedSettings] | type[CompressedTensorsSettings]] = {
+    format.name: format for format in (GPTQSettings, PackedSettings, CompressedTensorsSettings)
 }
 
 
@@ -63,7 +64,7 @@ def format_of(config: dict[str, Any], path: Path) -> LayerFormat:
     if known is None:
         raise InputError(
             f"{path}: quantized by {method!r}, which ctp cannot read",
-            hint=f"readable are dense, {' and '.join(FORMATS)} checkpoints",
+            hint=f"readable are dense, {', '.join(FORMATS)} checkpoints",
         )
     return known.from_config(config, path)
 
@@ -79,6 +80,8 @@ def same_in(name: str, source: LayerFormat, *, scattered: bool) -> LayerFormat |
         return source
     if name == PackedSettings.name:
         return PackedSettings(source.bits, source.group_size, source.symmetric)
+    if name == CompressedTensorsSettings.name:
+        return CompressedTensorsSettings(source.bits, source.group_size, source.symmetric, scattered)
     return GPTQSettings(
         bits=source.bits,
         group_size=source.group_size,

@@ -25,7 +25,7 @@ def compress(
     bits: Annotated[int | None, typer.Option(help="2, 3, 4 or 8 bits per kept weight.", rich_help_panel=WHAT)] = None,
     format: Annotated[
         str | None,
-        typer.Option(help="auto, dense, gptq or ctp (small where pruned).", rich_help_panel=WHAT),
+        typer.Option(help="auto, dense, gptq, compressed-tensors, ctp.", rich_help_panel=WHAT),
     ] = None,
     group_size: Annotated[str | None, typer.Option(help="auto, row, or inputs per scale.", rich_help_panel=HOW)] = None,
     symmetric: Annotated[bool | None, typer.Option("--symmetric/--asymmetric", rich_help_panel=HOW)] = None,

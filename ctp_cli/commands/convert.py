@@ -12,10 +12,10 @@ from ctp_cli.console import Console, size_text
 
 @reports_errors
 def convert(
-    model: Annotated[str, typer.Argument(help="A quantized checkpoint: gptq (also of others' making) or ctp.")],
+    model: Annotated[str, typer.Argument(help="A quantized checkpoint, also of others' making.")],
     format: Annotated[
-        Literal["gptq", "ctp", "dense"],
-        typer.Option(help="gptq (for other engines), ctp (small where pruned) or dense (16-bit weights)."),
+        Literal["gptq", "compressed-tensors", "ctp", "dense"],
+        typer.Option(help="gptq, compressed-tensors (vLLM), ctp (small where pruned), or dense."),
     ],
     output: Output = None,
     force: Force = False,

@@ -22,6 +22,8 @@ class GridRule:
     group_size: int | None
     symmetric: bool
     mse_clip: bool
+    scale_dtype: torch.dtype = torch.float16
+    """Scales are exact in it: that of a checkpoint's scales, or what a reader makes of them."""
 
     @property
     def max_code(self) -> int:
@@ -30,7 +32,7 @@ class GridRule:
 
 @dataclass(frozen=True)
 class Grid:
-    """scale_O and zero_O of one group. Scales are exactly representable in float16, as checkpoints store them."""
+    """scale_O and zero_O of one group. Scales are float32, exact in the rule's `scale_dtype`."""
 
     scale_O: Tensor
     zero_O: Tensor
@@ -77,7 +79,7 @@ def _grids(low_O: Tensor, high_O: Tensor, rule: GridRule) -> Grid:
     if not rule.symmetric:
         # the zero point is at least 1, so without negative weights one code below zero goes unused
         steps_O = torch.where(low_O < 0, rule.max_code, rule.max_code - 1)
-    scale_O = ((high_O - low_O) / steps_O).half().float()
+    scale_O = ((high_O - low_O) / steps_O).to(rule.scale_dtype).float()
     # an all-zero group, or one too small for float16, still needs a usable scale
     scale_O = torch.where(scale_O > 0, scale_O, torch.ones_like(scale_O))
     if rule.symmetric:

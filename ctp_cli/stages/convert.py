@@ -46,9 +46,8 @@ def convert(
     source = format_of(quantization if isinstance(quantization, dict) else quantization.to_dict(), model.path)
     files = weight_files(model.path)
     # of a gptq checkpoint every layer has a g_idx, which may well be in order
-    scattered = bool(getattr(source, "desc_act", False)) or (
-        source.name == "ctp" and any(name.endswith(".g_idx") for name in files)
-    )
+    marks = {"gptq": getattr(source, "desc_act", False), "compressed-tensors": getattr(source, "scattered", False)}
+    scattered = bool(marks.get(source.name, any(name.endswith(".g_idx") for name in files)))
     target = same_in(form, source, scattered=scattered)
     del config.quantization_config
     with torch.device("meta"):

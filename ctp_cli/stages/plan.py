@@ -5,9 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from ctp_cli.checkpoints import writer
+from ctp_cli.checkpoints.compressed_tensors import CompressedTensorsSettings
 from ctp_cli.checkpoints.formats import LayerFormat
 from ctp_cli.checkpoints.gptq import GPTQSettings
 from ctp_cli.checkpoints.packed import PackedSettings
@@ -41,14 +43,15 @@ class Job:
         grid = rule.grid
         assert grid is not None
         settings: LayerFormat
-        if section.format == "ctp":
+        common = (section.bits, grid.group_size or -1, section.symmetric)
+        if section.format == PackedSettings.name:
             run = (rule.mask.n, rule.mask.m) if rule.mask is not None and rule.mask.m else None
-            settings = PackedSettings(section.bits, grid.group_size or -1, section.symmetric, run)
+            settings = PackedSettings(*common, run)
+        elif section.format == CompressedTensorsSettings.name:
+            settings = CompressedTensorsSettings(*common, section.act_order == "column", grid.scale_dtype)
         else:
             settings = GPTQSettings(
-                bits=section.bits,
-                group_size=grid.group_size or -1,
-                symmetric=section.symmetric,
+                *common,
                 desc_act=section.act_order == "column",
                 dampening=section.dampening,
                 true_sequential=section.true_sequential,
@@ -78,7 +81,9 @@ def solver_rule(section: CompressSection, layers: Sequence[LinearLayer]) -> Solv
     grid = None
     if section.bits is not None:
         group = _group_size(section.group_size, layers)
-        grid = GridRule(section.bits, group, section.symmetric, section.mse_clip)
+        rounded = section.format == CompressedTensorsSettings.name and layers[0].weight_OI.dtype == torch.bfloat16
+        scale_dtype = torch.bfloat16 if rounded else torch.float16
+        grid = GridRule(section.bits, group, section.symmetric, section.mse_clip, scale_dtype)
     for layer in layers:
         in_features = layer.weight_OI.shape[1]
         for what, unit in (

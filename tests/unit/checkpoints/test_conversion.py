@@ -38,7 +38,8 @@ def test_codes_go_there_and_back_untouched(family: str, changes: dict[str, objec
     model, text = tiny_model(family, tmp_path / "model"), calibration_text(tmp_path)
     run(model, tmp_path / "small", text, format="gptq", **changes)
     packed = to("ctp", tmp_path / "small")
-    back, dense = to("gptq", packed), to("dense", packed)
+    tensors = to("compressed-tensors", packed)
+    back, dense = to("gptq", tensors), to("dense", packed)
     before, after = stored_tensors(tmp_path / "small"), stored_tensors(back)
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -46,7 +47,7 @@ def test_codes_go_there_and_back_untouched(family: str, changes: dict[str, objec
     for key in ("bits", "group_size", "sym", "desc_act", "checkpoint_format"):
         assert configs[0]["quantization_config"][key] == configs[1]["quantization_config"][key]
     assert json.loads((back / "quantize_config.json").read_text()) == configs[1]["quantization_config"]
-    for path in (packed, back, dense):
+    for path in (packed, tensors, back, dense):
         assert torch.equal(logits(path), logits(tmp_path / "small"))
         assert load_tokenizer(path).get_vocab() == load_tokenizer(model).get_vocab()
     assert not (dense / "quantize_config.json").exists()

@@ -1,0 +1,150 @@
+"""Checkpoints in compressed-tensors' format pack-quantized, which vLLM and llm-compressor share.
+
+Per layer `weight_packed` int32 (O, I * bits / 32), codes as one little-endian bit stream per output; `weight_scale`
+(O, G); `weight_shape` int64 (2,); asymmetric grids have `weight_zero_point` int32 (O * bits / 32, G), groups that are
+no runs of inputs `weight_g_idx` int32 (I,). Read in the sources of compressed-tensors 0.19, which packs 3 bits so too.
+
+O=out_features I=in_features G=groups
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from ctp_kernels.packing import pack_rows, unpack_rows
+from torch import Tensor
+
+from ctp_cli.compression.solver import Codes
+from ctp_cli.errors import InputError
+
+_PACKED = "pack-quantized"
+
+
+@dataclass(frozen=True)
+class CompressedTensorsSettings:
+    """The settings a reader needs. group_size -1: one group per output row."""
+
+    name: ClassVar[str] = "compressed-tensors"
+    weights_prefix: ClassVar[str] = "model"
+    parts: ClassVar[tuple[str, ...]] = (
+        "weight_packed",
+        "weight_scale",
+        "weight_shape",
+        "weight_zero_point",
+        "weight_g_idx",
+    )
+
+    bits: int
+    group_size: int
+    symmetric: bool
+    scattered: bool = False
+    """Some layer's groups are no runs of inputs (activation order)."""
+    scale_dtype: torch.dtype = torch.float16
+    """Readers turn scales into the model's dtype: those of a bfloat16 model should be bfloat16 from the start."""
+
+    def to_config(self) -> dict[str, Any]:
+        grouped = self.group_size > 0
+        weights = {
+            "num_bits": self.bits,
+            "type": "int",
+            "symmetric": self.symmetric,
+            "strategy": "group" if grouped else "channel",
+            "group_size": self.group_size if grouped else None,
+            "actorder": "group" if self.scattered else None,
+            "dynamic": False,
+        }
+        return {
+            "quant_method": self.name,
+            "format": _PACKED,
+            "quantization_status": "compressed",
+            "ignore": ["lm_head"],
+            "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
+        }
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], path: Path) -> "CompressedTensorsSettings":
+        """Raises InputError for settings that are missing, make no sense or differ from layer to layer."""
+        groups = config.get("config_groups")
+        schemes = list(groups.values()) if isinstance(groups, dict) else []
+        weights = [scheme.get("weights") for scheme in schemes if isinstance(scheme, dict)]
+        form = config.get("format")
+        if form != _PACKED:
+            raise InputError(
+                f"{path}: compressed-tensors of format {form!r}", hint=f"ctp reads format {_PACKED}: integers, packed"
+            )
+        if not weights or any(w != weights[0] for w in weights) or not isinstance(weights[0], dict):
+            raise InputError(f"{path}: its config_groups are missing, or not the same for all layers")
+        bits, group, strategy = (weights[0].get(key) for key in ("num_bits", "group_size", "strategy"))
+        if bits not in (2, 3, 4, 8) or weights[0].get("type") != "int" or strategy not in ("group", "channel"):
+            raise InputError(f"{path}: weights num_bits={bits!r}, strategy={strategy!r} are not known")
+        if strategy == "group" and (not isinstance(group, int) or group <= 0):
+            raise InputError(f"{path}: weights group_size={group!r}")
+        return cls(
+            bits,
+            int(group or 0) if strategy == "group" else -1,
+            bool(weights[0].get("symmetric", True)),
+            weights[0].get("actorder") in ("group", "dynamic"),
+        )
+
+    def check_layer(self, name: str, *, out_features: int, in_features: int) -> None:
+        for what, size in (("inputs", in_features), ("outputs", out_features)):
+            if size * self.bits % 32 or size % 32:
+                raise InputError(
+                    f"{name}: {size} {what} are no multiple of 32, which format {self.name} needs here",
+                    hint="use --format dense",
+                )
+
+    def pack(self, name: str, codes: Codes) -> dict[str, Tensor]:
+        outputs, inputs = codes.codes_OI.shape
+        tensors = {
+            f"{name}.weight_packed": pack_rows(codes.codes_OI.T, self.bits).T.contiguous(),
+            f"{name}.weight_scale": codes.scales_OG.to(self.scale_dtype),
+            f"{name}.weight_shape": torch.tensor([outputs, inputs]),
+        }
+        if not self.symmetric:
+            tensors[f"{name}.weight_zero_point"] = pack_rows(codes.zeros_OG, self.bits)
+        elif bool((codes.zeros_OG != 2 ** (self.bits - 1)).any()):
+            raise InputError(f"{name}: said to be symmetric, but its zero points are not {2 ** (self.bits - 1)}")
+        if self.scattered:
+            tensors[f"{name}.weight_g_idx"] = codes.g_idx_I.int()
+        return tensors
+
+    def unpack(self, name: str, parts: dict[str, Tensor]) -> Codes:
+        if missing := [part for part in self.parts[:2] if part not in parts]:
+            raise InputError(f"{name}: {', '.join(missing)} missing from the compressed-tensors checkpoint")
+        packed, scales_OG, zeros = parts["weight_packed"], parts["weight_scale"], parts.get("weight_zero_point")
+        shapes = ", ".join(f"{part} {tuple(tensor.shape)}" for part, tensor in parts.items())
+        wrong = InputError(
+            f"{name}: the parts of this layer do not go together ({shapes}, {self.bits} bits)",
+            hint="copy, download or make the checkpoint again",
+        )
+        if packed.dim() != 2 or scales_OG.dim() != 2 or packed.dtype != torch.int32 or packed.shape[1] % self.bits:
+            raise wrong
+        outputs, groups = scales_OG.shape
+        inputs = packed.shape[1] * 32 // self.bits
+        size = self.group_size if self.group_size > 0 else max(inputs, 1)
+        g_idx_I = parts.get("weight_g_idx", torch.arange(inputs) // size)
+        stated = parts.get("weight_shape", torch.tensor([outputs, inputs])).flatten().tolist()
+        if self.symmetric:
+            zeros_OG = torch.full((outputs, groups), 2 ** (self.bits - 1), dtype=torch.uint8)
+        elif zeros is None or zeros.shape != (outputs * self.bits // 32, groups) or zeros.dtype != torch.int32:
+            raise wrong
+        else:
+            zeros_OG = unpack_rows(zeros, self.bits)
+        fits = (
+            packed.shape[0] == outputs
+            and stated == [outputs, inputs]
+            and inputs > 0
+            and g_idx_I.shape == (inputs,)
+            and not g_idx_I.is_floating_point()
+            and 0 <= int(g_idx_I.min()) <= int(g_idx_I.max()) < groups
+        )
+        if not fits:
+            raise wrong
+        codes_OI = unpack_rows(packed.T.contiguous(), self.bits).T.contiguous()
+        return Codes(codes_OI, scales_OG.float(), zeros_OG, g_idx_I.int())
+
+    def scaled(self, parts: dict[str, Tensor], factors_OG: Tensor) -> dict[str, Tensor]:
+        scales_OG = parts["weight_scale"]
+        return {**parts, "weight_scale": (scales_OG.float() * factors_OG).to(scales_OG.dtype)}
