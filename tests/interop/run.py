@@ -22,6 +22,8 @@ from environments import BuildError, environment_python
 
 HERE = Path(__file__).resolve().parent
 CTP = Path(sys.executable).with_name("ctp")
+ENVIRONMENTS = {"gptq": "gptqmodel", "compressed-tensors": "llmcompressor"}
+"""The environment in which a format is read."""
 
 
 class RunError(RuntimeError):
@@ -124,20 +126,25 @@ def embedded_model() -> Path | None:
         return None
 
 
-def compress(case: Case, model: Path, text: Path, folder: Path) -> tuple[Path, Path]:
-    """The GPTQ checkpoint and its dense twin: two runs of ctp that differ in --format only."""
+def compress(case: Case, model: Path, text: Path, folder: Path) -> dict[str, Path]:
+    """The checkpoint in every format: runs of ctp that differ in --format only."""
     made = {}
-    for form in ("gptq", "dense"):
+    # the scales of a bfloat16 model are others in compressed-tensors, and so are its weights: no twin
+    for form in ("dense", "gptq") if case.embedded else ("dense", *ENVIRONMENTS):
         made[form] = folder / f"{case.name}-{form}"
         command = [str(CTP), "compress", str(model), *case.options(), "--format", form]
         _output([*command, "--calibration", str(text), "--force", "-o", str(made[form])])
-    return made["gptq"], made["dense"]
+    return made
 
 
-def read(python: Path, gptq: Path, dense: Path) -> list[dict[str, Any]]:
-    """What each foreign reader makes of a checkpoint, see read_gptq.py."""
-    command = [str(python), str(HERE / "read_gptq.py"), str(gptq), str(dense)]
-    return [json.loads(line) for line in _output(command, allowed=(0, 1)).splitlines()]
+def read(pythons: dict[str, Path], made: dict[str, Path]) -> list[dict[str, Any]]:
+    """What each foreign reader makes of a checkpoint, see read_checkpoint.py."""
+    readings = []
+    for form, python in pythons.items():
+        if form in made:
+            command = [str(python), str(HERE / "read_checkpoint.py"), form, str(made[form]), str(made["dense"])]
+            readings += [json.loads(line) for line in _output(command, allowed=(0, 1)).splitlines()]
+    return readings
 
 
 def _output(command: list[str], allowed: tuple[int, ...] = (0,)) -> str:
@@ -158,10 +165,13 @@ def cell(reading: dict[str, Any]) -> str:
 
 def print_table(results: dict[str, list[dict[str, Any]]]) -> None:
     """Checkpoints down, readers across, the largest logit difference in between; then failures in full."""
-    readings = next(iter(results.values()))
-    print(", ".join(f"{package} {version}" for package, version in readings[0]["versions"].items()))
-    rows = [["checkpoint", *(reading["reader"] for reading in readings)]]
-    rows += [[name, *map(cell, readings)] for name, readings in results.items()]
+    readings = {reading["reader"]: reading for made in results.values() for reading in made}
+    for reader, reading in readings.items():
+        print(f"{reader}: {', '.join(f'{package} {version}' for package, version in reading['versions'].items())}")
+    rows = [["checkpoint", *readings]]
+    for name, made in results.items():
+        cells = {reading["reader"]: cell(reading) for reading in made}
+        rows.append([name, *(cells.get(reader, "not read") for reader in readings)])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         print("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip())
@@ -173,7 +183,7 @@ def print_table(results: dict[str, list[dict[str, Any]]]) -> None:
 
 def run(only: str, folder: Path) -> int:
     """Make, read and tabulate. Returns the exit code."""
-    python = environment_python("gptqmodel")
+    pythons = {form: environment_python(environment) for form, environment in ENVIRONMENTS.items()}
     text, small = folder / "calibration.txt", folder / "random-model"
     write_text(text)
     write_random_model(small, text)
@@ -186,7 +196,7 @@ def run(only: str, folder: Path) -> int:
             continue
         print(case.name, file=sys.stderr, flush=True)
         try:
-            results[case.name] = read(python, *compress(case, model, text, folder))
+            results[case.name] = read(pythons, compress(case, model, text, folder))
         except RunError as error:
             print(f"FAILED {case.name}: {error}", file=sys.stderr)
             broken += 1

@@ -1,8 +1,9 @@
-"""Read a GPTQ checkpoint with foreign readers; compare with the dense twin (same weights, unpacked by us).
+"""Read a quantized checkpoint with foreign readers; compare with the dense twin (same weights, unpacked by us).
 
-Runs inside the environment of gptqmodel.txt and imports nothing of ctp: no mistake of ours can cancel out.
+Runs inside the environment of a reader and imports nothing of ctp: no mistake of ours can cancel out.
 
-    python read_gptq.py GPTQ_FOLDER DENSE_FOLDER --tokens 64
+    python read_checkpoint.py gptq FOLDER DENSE_FOLDER --tokens 64                  # environment gptqmodel
+    python read_checkpoint.py compressed-tensors FOLDER DENSE_FOLDER --tokens 64    # environment llmcompressor
 
 Two checks for every reader, on the CPU:
 
@@ -19,13 +20,14 @@ stdout carries one JSON object per reader, stderr the same as a sentence; exit c
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -53,11 +55,13 @@ class WrongReading(Exception):
 
 @dataclass(frozen=True)
 class Reader:
-    """A way to load a GPTQ folder as a torch module."""
+    """A way to load a folder as a torch module, to find the layers that were packed, and to decode one (O, I)."""
 
     name: str
     dtype: torch.dtype
     load: Callable[[Path, torch.dtype], nn.Module]
+    layers: Callable[[nn.Module], dict[str, Any]]
+    decode: Callable[[Any], torch.Tensor]
 
 
 @dataclass(kw_only=True)
@@ -115,12 +119,39 @@ def load_transformers(folder: Path, dtype: torch.dtype) -> nn.Module:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
 
 
-READERS = [
-    # GPTQModel's reference kernel refuses float32
-    Reader("gptqmodel-torch", torch.float16, load_gptqmodel("gptq_torch")),
-    Reader("gptqmodel-auto", torch.float16, load_gptqmodel("auto")),
-    Reader("transformers", torch.float32, load_transformers),
-]
+def gptqmodel_layers(model: nn.Module) -> dict[str, Any]:
+    """The layers that GPTQModel keeps packed."""
+    from gptqmodel.nn_modules.qlinear import BaseQuantLinear
+
+    return {name: module for name, module in model.named_modules() if isinstance(module, BaseQuantLinear)}
+
+
+def decompressed_layers(model: nn.Module) -> dict[str, Any]:
+    """compressed-tensors makes layers dense at the first forward pass, and leaves its scheme on them."""
+    model(torch.zeros(1, 2, dtype=torch.long))
+    return {name: module for name, module in model.named_modules() if getattr(module, "quantization_scheme", None)}
+
+
+def _decoded(module: Any) -> torch.Tensor:
+    return module.dequantize_weight().T.float()
+
+
+def _weight(module: Any) -> torch.Tensor:
+    return module.weight.float()
+
+
+PACKED = {"gptq": ".qweight", "compressed-tensors": ".weight_packed"}
+READERS = {
+    "gptq": [
+        # GPTQModel's reference kernel refuses float32
+        Reader("gptqmodel-torch", torch.float16, load_gptqmodel("gptq_torch"), gptqmodel_layers, _decoded),
+        Reader("gptqmodel-auto", torch.float16, load_gptqmodel("auto"), gptqmodel_layers, _decoded),
+        Reader("transformers", torch.float32, load_transformers, gptqmodel_layers, _decoded),
+    ],
+    "compressed-tensors": [
+        Reader("compressed-tensors", torch.float16, load_transformers, decompressed_layers, _weight)
+    ],
+}
 
 
 def stored_types(folder: Path) -> dict[str, str]:
@@ -132,22 +163,20 @@ def stored_types(folder: Path) -> dict[str, str]:
     return types
 
 
-def quantized_layers(model: nn.Module, packed: set[str]) -> dict[str, Any]:
-    """The layers the reader keeps quantized, by name. Raises WrongReading if others are packed on disk."""
-    from gptqmodel.nn_modules.qlinear import BaseQuantLinear
-
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, BaseQuantLinear)}
+def quantized_layers(reader: Reader, model: nn.Module, packed: set[str]) -> dict[str, Any]:
+    """The layers the reader unpacked, by name. Raises WrongReading if others are packed on disk."""
+    layers = reader.layers(model)
     if not packed or layers.keys() != packed:
         odd = sorted(layers.keys() ^ packed)[:4]
         raise WrongReading(f"{len(packed)} layers packed on disk, {len(layers)} in the model; only in one: {odd}")
     return layers
 
 
-def compare_weights(reading: Reading, layers: dict[str, Any], twin: Twin) -> None:
+def compare_weights(reading: Reading, reader: Reader, layers: dict[str, Any], twin: Twin) -> None:
     """Fill in weight_ratio, worst_layer and zero_share. Before the first forward: kernels repack then."""
     ratios, zeros, total = {}, 0, 0
     for name, module in layers.items():
-        decoded = module.dequantize_weight().T.float()
+        decoded = reader.decode(module)
         truth = twin.model.get_parameter(f"{name}.weight")
         ratio = (decoded - truth).abs() / (twin.rounding(name) * truth.abs() + SMALLEST)
         ratios[name] = ratio.nan_to_num(nan=torch.inf).max().item()
@@ -166,27 +195,35 @@ def compare_logits(reading: Reading, logits: torch.Tensor, truth: torch.Tensor) 
     reading.argmax_agreement = (logits.argmax(-1) == truth.argmax(-1)).float().mean().item()
 
 
-def read(reader: Reader, folder: Path, twin: Twin) -> Reading:
+def read(reader: Reader, folder: Path, twin: Twin, suffix: str) -> Reading:
     """Load with one reader and compare; what it raises becomes the reading's error: the others still run."""
     reading = Reading(reader=reader.name, dtype=str(reader.dtype).removeprefix("torch."))
-    packed = {name.removesuffix(".qweight") for name in stored_types(folder) if name.endswith(".qweight")}
+    packed = {name.removesuffix(suffix) for name in stored_types(folder) if name.endswith(suffix)}
     try:
         model = reader.load(folder, reader.dtype).eval()
-        layers = quantized_layers(model, packed)
+        layers = quantized_layers(reader, model, packed)
         reading.kernels = dict(Counter(type(module).__name__ for module in layers.values()))
         reading.tolerance = LOGIT_ROUNDINGS * max(twin.rounding(name) for name in layers)
-        compare_weights(reading, layers, twin)
+        compare_weights(reading, reader, layers, twin)
         compare_logits(reading, model(twin.ids).logits.float(), twin.logits)
     except Exception as error:
         reading.error = f"{type(error).__name__}: {error}"
     return reading
 
 
+def versions() -> dict[str, str]:
+    """Of the packages that matter here, as far as they are installed."""
+    found = {}
+    for package in ("gptqmodel", "optimum", "compressed-tensors", "transformers", "torch"):
+        with contextlib.suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
+
+
 def report(reading: Reading) -> None:
     """One JSON line on stdout, one sentence on stderr."""
-    packages = ("gptqmodel", "optimum", "transformers", "torch")
     record = {"schema": 1, "passed": reading.passed(), **asdict(reading)}
-    record["versions"] = {name: version(name) for name in packages}
+    record["versions"] = versions()
     print(json.dumps(record), file=RESULTS, flush=True)
     verdict = "ok" if reading.passed() else "FAILED"
     if reading.error:
@@ -216,12 +253,14 @@ def load_twin(folder: Path, tokens: int) -> Twin:
 def main() -> int:
     """Compare every reader with the dense twin; 0 if all agree."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("gptq", type=Path, help="folder of the GPTQ checkpoint")
+    parser.add_argument("format", choices=READERS)
+    parser.add_argument("packed", type=Path, help="folder of the quantized checkpoint")
     parser.add_argument("dense", type=Path, help="folder of its dense twin: the same weights, not packed")
     parser.add_argument("--tokens", type=int, default=64, help="length of the input (default: %(default)s)")
     arguments = parser.parse_args()
     twin = load_twin(arguments.dense, arguments.tokens)
-    readings = [read(reader, arguments.gptq, twin) for reader in READERS]
+    form = arguments.format
+    readings = [read(reader, arguments.packed, twin, PACKED[form]) for reader in READERS[form]]
     for reading in readings:
         report(reading)
     return 0 if all(reading.passed() for reading in readings) else 1
