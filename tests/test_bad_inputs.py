@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from safetensors import SafetensorError
+from safetensors.torch import load as load_file_bytes
 from safetensors.torch import load_file, save_file
 from tiny_models import tiny_model
 from typer.testing import CliRunner, Result
@@ -254,3 +255,33 @@ def test_a_full_disk_is_resumable(model: Path, place: Path, text: Path, monkeypa
     for file in Path("whole").glob("*.safetensors"):
         assert (Path("cut") / file.name).read_bytes() == file.read_bytes()
     shutil.rmtree("cut")
+
+
+@pytest.mark.parametrize("form", ["gptq", "compressed-tensors", "ctp"])
+def test_conversions(form: str, model: Path, place: Path, text: Path, tmp_path: Path) -> None:
+    refused(ctp("convert", model, "--format", "ctp"), "not quantized", "ctp compress")
+    small = tmp_path / "small"
+    made = ctp("compress", model, "--bits", 4, "--format", form, "--calibration", text, *SMALL, "-o", small)
+    assert made.exit_code == 0, made.output
+    assert "--format" in ctp("convert", small, "--format", "awq").stderr
+    refused(ctp("convert", small, "--format", "dense", "-o", small), "is what is to be read")
+    shard = sorted(small.glob("*-00002-of-*.safetensors"))[0]
+    content = shard.read_bytes()
+    for how in DAMAGES.values():
+        shard.write_bytes(how(content))
+        refused(ctp("convert", small, "--format", "dense"), shard.name)
+        refused(ctp("eval", small, "--ppl", text, "--seqlen", 32), shard.name)
+    tensors = load_file_bytes(content)
+    part = next(name for name in tensors if name.endswith(("qweight", "codes", "weight_packed")))
+    tensors[part] = tensors[part][:-1].clone()
+    save_file(tensors, shard, metadata={"format": "pt"})
+    layer = part.rpartition(".")[0]
+    for command in (["convert", small, "--format", "dense"], ["eval", small, "--ppl", text, "--seqlen", 32]):
+        refused(ctp(*command), layer, "do not go together")
+    shard.unlink()
+    refused(ctp("convert", small, "--format", "dense"), shard.name)
+    shard.write_bytes(content)
+    config = small / "config.json"
+    config.write_text(config.read_text().replace('"quant_method": "', '"quant_method": "un'))
+    refused(ctp("eval", small, "--ppl", text, "--seqlen", 32), "un" + form)
+    assert not list(place.iterdir())
