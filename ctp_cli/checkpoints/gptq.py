@@ -100,6 +100,10 @@ class GPTQSettings:
         groups, outputs = scales.shape if scales.dim() == 2 else (0, 0)
         fits = (
             qweight.dim() == 2
+            and qweight.dtype == qzeros.dtype == torch.int32
+            and scales.is_floating_point()
+            and not g_idx_I.is_floating_point()
+            and qweight.shape[0] % (bits if bits == 3 else 1) == 0
             and in_features > 0
             and g_idx_I.shape == (in_features,)
             and qweight.shape[1] == outputs

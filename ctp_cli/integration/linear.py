@@ -50,10 +50,13 @@ class PackedLinear(nn.Module):
             and int(self.starts[-1]) == stored.numel()
             and (self.mask is None or self.mask.shape == (self.out_features, self.in_features // 8))
             and (self.zeros is None or self.zeros.shape == self.scales.shape)
-            and (self.g_idx is None or (len(self.g_idx) == self.in_features and int(self.g_idx.max()) < groups))
+            and (self.g_idx is None or self._in_groups(self.g_idx, groups))
         )
         if not fits:
             raise ValueError("codes, mask, scales and zeros of this layer do not go together")
+
+    def _in_groups(self, g_idx_I: Tensor, groups: int) -> bool:
+        return len(g_idx_I) == self.in_features and 0 <= int(g_idx_I.min()) <= int(g_idx_I.max()) < groups
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """(O, I): the weights that the codes stand for."""
