@@ -16,6 +16,9 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ctp_cli.checkpoints.packed import PackedSettings
 from ctp_cli.integration.linear import PackedLinear
 
+if not hasattr(HfQuantizer, "update_attn_implementation"):
+    raise ImportError("format ctp in transformers needs transformers 5.24 or later")  # the hook that sees the config
+
 _INDEX = f"{PackedSettings.weights_prefix}.safetensors.index.json"
 
 
