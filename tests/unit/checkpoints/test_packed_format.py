@@ -2,7 +2,9 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from compressed import calibration_text, run, stored_tensors
@@ -92,6 +94,20 @@ def test_layers_come_back_bit_for_bit_in_the_smallest_layout(
     if share == 0:
         assert "mask" not in parts
     assert stored <= dense_bytes
+
+
+@pytest.mark.parametrize("scattered", [False, True])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize(("bits", "share", "run"), [(2, 0.8, None), (3, 0.5, (2, 4)), (4, 0.5, None), (8, 0.0, None)])
+def test_the_reader_that_the_documentation_prints_reads_what_is_written(
+    bits: int, share: float, run: tuple[int, int] | None, symmetric: bool, scattered: bool
+) -> None:
+    page = (Path(__file__).parents[3] / "docs" / "format-ctp.md").read_text()
+    names: dict[str, Any] = {"np": np}
+    exec(page.partition("```python\n")[2].partition("```")[0], names)
+    codes = pruned_codes(bits, share, symmetric=symmetric, run=run, scattered=scattered)
+    parts = {name: t.numpy() for name, t in parts_of(PackedSettings(bits, 32, symmetric, run), codes).items()}
+    np.testing.assert_array_equal(names["weights"](parts, bits, 32, symmetric), codes.values().numpy())
 
 
 def parts_of(form: PackedSettings, codes: Codes) -> dict[str, torch.Tensor]:
