@@ -114,6 +114,8 @@ class CompressSection(Section):
     def _something_to_do(self) -> "CompressSection":
         if self.sparsity is None and self.bits is None:
             raise ValueError("nothing to do: give sparsity, bits or both")
+        if self.format == "compressed-tensors" and self.act_order == "column":
+            raise ValueError("format compressed-tensors has no scattered groups: use act_order group, or format gptq")
         if self.format not in ("auto", "dense") and self.bits is None:
             raise ValueError(f"format {self.format} stores quantized weights: give bits, or format dense")
         if self.target == "full" and not self.true_sequential:

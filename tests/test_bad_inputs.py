@@ -61,6 +61,10 @@ COMPRESS_CASES = {
     "m that does not divide": (["--sparsity", "2:7"], ["does not divide", "q_proj"]),
     "unknown act order": (["--bits", "4", "--act-order", "sideways"], ["'none', 'column', 'group' or 'static'"]),
     "gptq without bits": (["--sparsity", "0.5", "--format", "gptq"], ["gptq", "give bits"]),
+    "scattered groups in compressed-tensors": (
+        ["--bits", "4", "--format", "compressed-tensors", "--act-order", "column"],
+        ["no scattered groups", "act_order group"],
+    ),
     "dampening": (["--bits", "4", "--dampening", "2"], ["dampening", "less than 1"]),
     "full target without true-sequential": (
         ["--bits", "4", "--target", "full", "--no-true-sequential"],

@@ -1,8 +1,9 @@
 """Checkpoints in compressed-tensors' format pack-quantized, which vLLM and llm-compressor share.
 
 Per layer `weight_packed` int32 (O, I * bits / 32), codes as one little-endian bit stream per output; `weight_scale`
-(O, G); `weight_shape` int64 (2,); asymmetric grids have `weight_zero_point` int32 (O * bits / 32, G), groups that are
-no runs of inputs `weight_g_idx` int32 (I,). Read in the sources of compressed-tensors 0.19, which packs 3 bits so too.
+(O, G); `weight_shape` int64 (2,); asymmetric grids have `weight_zero_point` int32 (O * bits / 32, G). Read in the
+sources of compressed-tensors 0.19, which packs 3 bits so too. Groups that are no runs of inputs were stored with
+`weight_g_idx` int32 (I,) by earlier versions: such files are read here, and no longer written.
 
 O=out_features I=in_features G=groups
 """
@@ -39,7 +40,7 @@ class CompressedTensorsSettings:
     group_size: int
     symmetric: bool
     scattered: bool = False
-    """Some layer's groups are no runs of inputs (activation order)."""
+    """Read from a file whose groups are no runs of inputs."""
     scale_dtype: torch.dtype = torch.float16
     """Readers turn scales into the model's dtype: those of a bfloat16 model should be bfloat16 from the start."""
 
@@ -51,7 +52,7 @@ class CompressedTensorsSettings:
             "symmetric": self.symmetric,
             "strategy": "group" if grouped else "channel",
             "group_size": self.group_size if grouped else None,
-            "actorder": "group" if self.scattered else None,
+            "actorder": None,
             "dynamic": False,
         }
         return {
@@ -106,8 +107,12 @@ class CompressedTensorsSettings:
             tensors[f"{name}.weight_zero_point"] = pack_rows(codes.zeros_OG, self.bits)
         elif bool((codes.zeros_OG != 2 ** (self.bits - 1)).any()):
             raise InputError(f"{name}: said to be symmetric, but its zero points are not {2 ** (self.bits - 1)}")
-        if self.scattered:
-            tensors[f"{name}.weight_g_idx"] = codes.g_idx_I.int()
+        groups = self.group_size if self.group_size > 0 else inputs
+        if not torch.equal(codes.g_idx_I.long(), torch.arange(inputs) // groups):
+            raise InputError(
+                f"{name}: its groups are no runs of inputs, which {self.name} no longer stores",
+                hint="use --format gptq",
+            )
         return tensors
 
     def unpack(self, name: str, parts: dict[str, Tensor]) -> Codes:

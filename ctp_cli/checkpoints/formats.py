@@ -81,7 +81,7 @@ def same_in(name: str, source: LayerFormat, *, scattered: bool) -> LayerFormat |
     if name == PackedSettings.name:
         return PackedSettings(source.bits, source.group_size, source.symmetric)
     if name == CompressedTensorsSettings.name:
-        return CompressedTensorsSettings(source.bits, source.group_size, source.symmetric, scattered)
+        return CompressedTensorsSettings(source.bits, source.group_size, source.symmetric)
     return GPTQSettings(
         bits=source.bits,
         group_size=source.group_size,

@@ -129,8 +129,10 @@ def embedded_model() -> Path | None:
 def compress(case: Case, model: Path, text: Path, folder: Path) -> dict[str, Path]:
     """The checkpoint in every format: runs of ctp that differ in --format only."""
     made = {}
-    # the scales of a bfloat16 model are others in compressed-tensors, and so are its weights: no twin
-    for form in ("dense", "gptq") if case.embedded else ("dense", *ENVIRONMENTS):
+    # the scales of a bfloat16 model are others in compressed-tensors, and so are its weights: no twin; and it has no
+    # scattered groups any more
+    left_out = {"compressed-tensors"} if case.embedded or case.act_order == "column" else set()
+    for form in ("dense", *(form for form in ENVIRONMENTS if form not in left_out)):
         made[form] = folder / f"{case.name}-{form}"
         command = [str(CTP), "compress", str(model), *case.options(), "--format", form]
         _output([*command, "--calibration", str(text), "--force", "-o", str(made[form])])

@@ -31,12 +31,11 @@ def parts_of(form: CompressedTensorsSettings, codes: Codes) -> dict[str, torch.T
     return {name.removeprefix("layer."): tensor for name, tensor in form.pack("layer", codes).items()}
 
 
-@pytest.mark.parametrize("scattered", [True, False])
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_the_stored_bits_mean_the_weight(bits: int, symmetric: bool, scattered: bool) -> None:
-    codes = random_codes(bits, symmetric=symmetric, scattered=scattered)
-    form = CompressedTensorsSettings(bits, 32, symmetric, scattered)
+def test_the_stored_bits_mean_the_weight(bits: int, symmetric: bool) -> None:
+    codes = random_codes(bits, symmetric=symmetric)
+    form = CompressedTensorsSettings(bits, 32, symmetric)
     parts = parts_of(form, codes)
 
     def stream(words: torch.Tensor) -> np.ndarray:  # rows of int32 words -> rows of codes
@@ -44,7 +43,7 @@ def test_the_stored_bits_mean_the_weight(bits: int, symmetric: bool, scattered: 
         return (ones.reshape(len(words), -1, bits) << np.arange(bits, dtype=np.uint16)).sum(-1).astype(np.int64)
 
     zeros = np.full((32, 2), 2 ** (bits - 1)) if symmetric else stream(parts["weight_zero_point"].T).T
-    index = parts["weight_g_idx"].numpy() if scattered else np.arange(64) // 32
+    index = np.arange(64) // 32
     scales = parts["weight_scale"].numpy().astype(np.float64)
     weight = (stream(parts["weight_packed"]) - zeros[:, index]) * scales[:, index]
     np.testing.assert_allclose(codes.values().numpy(), weight, rtol=1e-6)
@@ -52,6 +51,11 @@ def test_the_stored_bits_mean_the_weight(bits: int, symmetric: bool, scattered: 
     back = form.unpack("layer", parts)
     for name in ("codes_OI", "scales_OG", "zeros_OG", "g_idx_I"):
         assert torch.equal(getattr(back, name), getattr(codes, name)), name
+    # as earlier versions stored groups in activation order
+    scattered = random_codes(bits, symmetric=symmetric, scattered=True)
+    with pytest.raises(InputError, match="no runs of inputs"):
+        form.pack("layer", scattered)
+    assert torch.equal(form.unpack("layer", {**parts, "weight_g_idx": scattered.g_idx_I}).g_idx_I, scattered.g_idx_I)
 
 
 def test_parts_that_do_not_go_together_are_refused() -> None:
@@ -92,7 +96,7 @@ def test_parts_that_do_not_go_together_are_refused() -> None:
     ],
 )
 def test_settings_that_are_not_known_are_refused(changes: dict[str, object], message: str, tmp_path: Path) -> None:
-    for settings in (CompressedTensorsSettings(4, 32, True), CompressedTensorsSettings(4, -1, False, True)):
+    for settings in (CompressedTensorsSettings(4, 32, True), CompressedTensorsSettings(4, -1, False)):
         assert CompressedTensorsSettings.from_config(settings.to_config(), tmp_path) == settings
     config = CompressedTensorsSettings(4, 32, True).to_config()
     weights = config["config_groups"]["group_0"]["weights"]
