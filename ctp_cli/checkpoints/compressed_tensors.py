@@ -8,6 +8,7 @@ sources of compressed-tensors 0.19, which packs 3 bits so too. Groups that are n
 O=out_features I=in_features G=groups
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,6 +17,15 @@ import torch
 from ctp_kernels.packing import pack_rows, unpack_rows
 from torch import Tensor
 
+from ctp_cli.checkpoints.parts import (
+    check_symmetric,
+    check_there,
+    check_whole_words,
+    groups_fit,
+    middle_zeros,
+    misfit,
+    runs_of_inputs,
+)
 from ctp_cli.compression.solver import Codes
 from ctp_cli.errors import InputError
 
@@ -39,8 +49,6 @@ class CompressedTensorsSettings:
     bits: int
     group_size: int
     symmetric: bool
-    scattered: bool = False
-    """Read from a file whose groups are no runs of inputs."""
     scale_dtype: torch.dtype = torch.float16
     """Readers turn scales into the model's dtype: those of a bfloat16 model should be bfloat16 from the start."""
 
@@ -85,68 +93,50 @@ class CompressedTensorsSettings:
             bits,
             int(group or 0) if strategy == "group" else -1,
             bool(weights[0].get("symmetric", True)),
-            weights[0].get("actorder") in ("group", "dynamic"),
         )
 
     def check_layer(self, name: str, *, out_features: int, in_features: int) -> None:
-        for what, size in (("inputs", in_features), ("outputs", out_features)):
-            if size * self.bits % 32 or size % 32:
-                raise InputError(
-                    f"{name}: {size} {what} are no multiple of 32, which format {self.name} needs here",
-                    hint="use --format dense",
-                )
+        check_whole_words(name, self.name, out_features=out_features, in_features=in_features, bits=self.bits)
+
+    def scattered(self, names: Collection[str]) -> bool:
+        return any(name.endswith(".weight_g_idx") for name in names)
 
     def pack(self, name: str, codes: Codes) -> dict[str, Tensor]:
         outputs, inputs = codes.codes_OI.shape
+        if not torch.equal(codes.g_idx_I.int(), runs_of_inputs(inputs, self.group_size)):
+            raise InputError(
+                f"{name}: its groups are no runs of inputs, which {self.name} no longer stores",
+                hint="use --format gptq",
+            )
         tensors = {
             f"{name}.weight_packed": pack_rows(codes.codes_OI.T, self.bits).T.contiguous(),
             f"{name}.weight_scale": codes.scales_OG.to(self.scale_dtype),
             f"{name}.weight_shape": torch.tensor([outputs, inputs]),
         }
-        if not self.symmetric:
+        if self.symmetric:
+            check_symmetric(name, codes.zeros_OG, self.bits)
+        else:
             tensors[f"{name}.weight_zero_point"] = pack_rows(codes.zeros_OG, self.bits)
-        elif bool((codes.zeros_OG != 2 ** (self.bits - 1)).any()):
-            raise InputError(f"{name}: said to be symmetric, but its zero points are not {2 ** (self.bits - 1)}")
-        groups = self.group_size if self.group_size > 0 else inputs
-        if not torch.equal(codes.g_idx_I.long(), torch.arange(inputs) // groups):
-            raise InputError(
-                f"{name}: its groups are no runs of inputs, which {self.name} no longer stores",
-                hint="use --format gptq",
-            )
         return tensors
 
     def unpack(self, name: str, parts: dict[str, Tensor]) -> Codes:
-        if missing := [part for part in self.parts[:2] if part not in parts]:
-            raise InputError(f"{name}: {', '.join(missing)} missing from the compressed-tensors checkpoint")
+        check_there(name, self.name, parts, self.parts[:2])
         packed, scales_OG, zeros = parts["weight_packed"], parts["weight_scale"], parts.get("weight_zero_point")
-        shapes = ", ".join(f"{part} {tuple(tensor.shape)}" for part, tensor in parts.items())
-        wrong = InputError(
-            f"{name}: the parts of this layer do not go together ({shapes}, {self.bits} bits)",
-            hint="copy, download or make the checkpoint again",
-        )
+        wrong = misfit(name, self.name, parts, self.bits)
         if packed.dim() != 2 or scales_OG.dim() != 2 or packed.dtype != torch.int32 or packed.shape[1] % self.bits:
             raise wrong
         outputs, groups = scales_OG.shape
         inputs = packed.shape[1] * 32 // self.bits
-        size = self.group_size if self.group_size > 0 else max(inputs, 1)
-        g_idx_I = parts.get("weight_g_idx", torch.arange(inputs) // size)
+        g_idx_I = parts.get("weight_g_idx", runs_of_inputs(inputs, self.group_size))
         stated = parts.get("weight_shape", torch.tensor([outputs, inputs])).flatten().tolist()
+        if packed.shape[0] != outputs or stated != [outputs, inputs] or not groups_fit(g_idx_I, inputs, groups):
+            raise wrong
         if self.symmetric:
-            zeros_OG = torch.full((outputs, groups), 2 ** (self.bits - 1), dtype=torch.uint8)
+            zeros_OG = middle_zeros(outputs, groups, self.bits)
         elif zeros is None or zeros.shape != (outputs * self.bits // 32, groups) or zeros.dtype != torch.int32:
             raise wrong
         else:
             zeros_OG = unpack_rows(zeros, self.bits)
-        fits = (
-            packed.shape[0] == outputs
-            and stated == [outputs, inputs]
-            and inputs > 0
-            and g_idx_I.shape == (inputs,)
-            and not g_idx_I.is_floating_point()
-            and 0 <= int(g_idx_I.min()) <= int(g_idx_I.max()) < groups
-        )
-        if not fits:
-            raise wrong
         codes_OI = unpack_rows(packed.T.contiguous(), self.bits).T.contiguous()
         return Codes(codes_OI, scales_OG.float(), zeros_OG, g_idx_I.int())
 

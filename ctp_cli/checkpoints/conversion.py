@@ -9,7 +9,6 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ctp_cli.checkpoints.formats import LayerFormat
-from ctp_cli.errors import InputError
 
 
 def converted_files(
@@ -33,7 +32,7 @@ def converted_files(
             if max(parts.values()) == file:  # a layer goes where the last of its parts was
                 tensors |= _converted(layer, _read(layer, parts), source, target, dtype, layer in transposed)
         if tensors:
-            yield _renamed(file.name, source, target), tensors
+            yield _renamed(file.name, target), tensors
 
 
 def _read(layer: str, parts: dict[str, Path]) -> dict[str, Tensor]:
@@ -56,9 +55,8 @@ def _converted(
     return target.pack(layer, codes)
 
 
-def _renamed(name: str, source: LayerFormat, target: LayerFormat | None) -> str:
+def _renamed(name: str, target: LayerFormat | None) -> str:
+    """model-00002-of-00031.safetensors or model.safetensors -> the same with the format's prefix, and numbered."""
     prefix = "model" if target is None else target.weights_prefix
-    rest = name.removeprefix(source.weights_prefix)
-    if rest == name:
-        raise InputError(f"{name}: weight files of format {source.name} are called {source.weights_prefix}...")
-    return f"{prefix}-00001-of-00001.safetensors" if rest == ".safetensors" else prefix + rest
+    rest = name.removesuffix(".safetensors").partition("-")[2]
+    return f"{prefix}-{rest or '00001-of-00001'}.safetensors"

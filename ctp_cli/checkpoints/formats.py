@@ -3,7 +3,7 @@
 O=out_features G=groups
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -38,6 +38,9 @@ class LayerFormat(Protocol):
 
     def check_layer(self, name: str, *, out_features: int, in_features: int) -> None:
         """Raises InputError for a layer whose sizes the format cannot hold."""
+
+    def scattered(self, names: Collection[str]) -> bool:
+        """Whether some layer's groups are no runs of inputs; `names` are those of the checkpoint's tensors."""
 
     def pack(self, name: str, codes: Codes) -> dict[str, Tensor]:
         """A layer's tensors under their names on disk."""

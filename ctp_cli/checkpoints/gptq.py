@@ -6,6 +6,7 @@ asymmetric v1 file that it did not make itself, because others have disagreed ab
 O=out_features I=in_features G=groups
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -14,6 +15,14 @@ import torch
 from ctp_kernels.packing import pack_rows, unpack_rows
 from torch import Tensor
 
+from ctp_cli.checkpoints.parts import (
+    check_there,
+    check_whole_words,
+    float16_scales,
+    groups_fit,
+    misfit,
+    runs_of_inputs,
+)
 from ctp_cli.compression.solver import Codes
 from ctp_cli.errors import InputError
 
@@ -71,51 +80,38 @@ class GPTQSettings:
         )
 
     def check_layer(self, name: str, *, out_features: int, in_features: int) -> None:
-        for what, size in (("inputs", in_features), ("outputs", out_features)):
-            if size * self.bits % 32 or size % 32:
-                raise InputError(
-                    f"{name}: {size} {what} are no multiple of 32, which format gptq needs",
-                    hint="use --format dense",
-                )
+        check_whole_words(name, self.name, out_features=out_features, in_features=in_features, bits=self.bits)
+
+    def scattered(self, names: Collection[str]) -> bool:
+        return self.desc_act  # every layer has a g_idx, which may well be in order
 
     def pack(self, name: str, codes: Codes) -> dict[str, Tensor]:
         stored_zeros_OG = codes.zeros_OG.to(torch.int64) - self.zero_offset
         return {
             f"{name}.qweight": pack_rows(codes.codes_OI.T, self.bits),
             f"{name}.qzeros": pack_rows(stored_zeros_OG, self.bits).T.contiguous(),
-            f"{name}.scales": codes.scales_OG.T.contiguous().half(),
+            f"{name}.scales": float16_scales(name, codes.scales_OG).T.contiguous(),
             f"{name}.g_idx": codes.g_idx_I.to(torch.int32),
         }
 
     def unpack(self, name: str, parts: dict[str, Tensor]) -> Codes:
         bits = self.bits
-        if missing := [part for part in self.parts[:3] if part not in parts]:
-            raise InputError(f"{name}: {', '.join(missing)} missing from the gptq checkpoint")
+        check_there(name, self.name, parts, self.parts[:3])
         qweight, qzeros, scales = (parts[part] for part in self.parts[:3])
         in_features = qweight.shape[0] * 32 // bits if qweight.dim() else 0
-        g_idx_I = parts.get("g_idx")
-        if g_idx_I is None:
-            group = self.group_size if self.group_size > 0 else in_features
-            g_idx_I = torch.arange(in_features, dtype=torch.int32) // group
+        g_idx_I = parts.get("g_idx", runs_of_inputs(in_features, self.group_size))
         groups, outputs = scales.shape if scales.dim() == 2 else (0, 0)
         fits = (
             qweight.dim() == 2
             and qweight.dtype == qzeros.dtype == torch.int32
             and scales.is_floating_point()
-            and not g_idx_I.is_floating_point()
             and qweight.shape[0] % (bits if bits == 3 else 1) == 0
-            and in_features > 0
-            and g_idx_I.shape == (in_features,)
             and qweight.shape[1] == outputs
             and qzeros.shape == (groups, outputs * bits // 32)
-            and int(g_idx_I.min()) >= 0
-            and int(g_idx_I.max()) < groups
+            and groups_fit(g_idx_I, in_features, groups)
         )
         if not fits:
-            raise InputError(
-                f"{name}: shapes of the gptq parts do not go together (qweight {tuple(qweight.shape)}, qzeros "
-                f"{tuple(qzeros.shape)}, scales {tuple(scales.shape)}, g_idx {tuple(g_idx_I.shape)}, {bits} bits)"
-            )
+            raise misfit(name, self.name, parts, bits)
         zeros_OG = unpack_rows(qzeros.T.contiguous(), bits) + self.zero_offset  # uint8: 255 + 1 wraps as v1 means it
         return Codes(
             codes_OI=unpack_rows(qweight, bits).T.contiguous(),

@@ -13,6 +13,7 @@ ctp-*.safetensors: a reader that does not know the format finds no weights inste
 """
 
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -21,6 +22,15 @@ import torch
 from ctp_kernels.ragged import pack_bits, pack_kept, unpack_bits, unpack_kept
 from torch import Tensor
 
+from ctp_cli.checkpoints.parts import (
+    check_symmetric,
+    check_there,
+    float16_scales,
+    groups_fit,
+    middle_zeros,
+    misfit,
+    runs_of_inputs,
+)
 from ctp_cli.compression.solver import Codes
 from ctp_cli.errors import InputError
 
@@ -72,17 +82,18 @@ class PackedSettings:
                 hint="use --format dense",
             )
 
+    def scattered(self, names: Collection[str]) -> bool:
+        return any(name.endswith(".g_idx") for name in names)
+
     def pack(self, name: str, codes: Codes) -> dict[str, Tensor]:
         outputs, inputs = codes.codes_OI.shape
-        if self.symmetric and bool((codes.zeros_OG != 2 ** (self.bits - 1)).any()):
-            raise InputError(f"{name}: said to be symmetric, but its zero points are not {2 ** (self.bits - 1)}")
         index = codes.g_idx_I.long()
         keep_OI = codes.codes_OI != codes.zeros_OG[:, index]
         runs = self.run if self.run is not None and _fits(keep_OI, self.run) else None
         if runs is not None:
             keep_OI = _filled(keep_OI, runs)
         sparse_bytes = outputs * inputs // 8 + int(((keep_OI.sum(1) * self.bits + 7) // 8).sum())
-        parts = {f"{name}.scales": codes.scales_OG.half()}
+        parts = {f"{name}.scales": float16_scales(name, codes.scales_OG)}
         if sparse_bytes < outputs * inputs * self.bits // 8:
             parts[f"{name}.mask"] = pack_bits(keep_OI)
             stream = pack_kept(codes.codes_OI, keep_OI, self.bits)
@@ -90,21 +101,18 @@ class PackedSettings:
         else:
             every_OI = torch.ones_like(keep_OI)
             parts[f"{name}.codes"] = pack_kept(codes.codes_OI, every_OI, self.bits).view(outputs, -1)
-        if not self.symmetric:
+        if self.symmetric:
+            check_symmetric(name, codes.zeros_OG, self.bits)
+        else:
             parts[f"{name}.zeros"] = codes.zeros_OG
-        if not torch.equal(codes.g_idx_I.int(), self._runs_of(inputs, codes.scales_OG.shape[1])):
+        if not torch.equal(codes.g_idx_I.int(), runs_of_inputs(inputs, self.group_size)):
             parts[f"{name}.g_idx"] = codes.g_idx_I.int()
         return parts
 
     def unpack(self, name: str, parts: dict[str, Tensor]) -> Codes:
-        if missing := [part for part in ("codes", "scales") if part not in parts]:
-            raise InputError(f"{name}: {', '.join(missing)} missing from the ctp checkpoint")
+        check_there(name, self.name, parts, ("codes", "scales"))
         stored, scales_OG, mask_OB = parts["codes"], parts["scales"], parts.get("mask")
-        shapes = ", ".join(f"{part} {tuple(tensor.shape)}" for part, tensor in parts.items())
-        wrong = InputError(
-            f"{name}: the parts of this layer do not go together ({shapes}, {self.bits} bits)",
-            hint="copy, download or make the checkpoint again",
-        )
+        wrong = misfit(name, self.name, parts, self.bits)
         if scales_OG.dim() != 2 or stored.dim() not in (1, 2) or stored.dtype != torch.uint8:
             raise wrong
         outputs, groups = scales_OG.shape
@@ -117,18 +125,12 @@ class PackedSettings:
                 raise wrong
             keep_OI = unpack_bits(mask_OB)
         inputs = keep_OI.shape[1]
-        g_idx_I = parts.get("g_idx", self._runs_of(inputs, groups))
-        default_OG = torch.full((outputs, groups), 2 ** (self.bits - 1), dtype=torch.uint8)
-        zeros_OG = default_OG if self.symmetric else parts.get("zeros", torch.empty(0))
-        fits = (
-            g_idx_I.shape == (inputs,)
-            and inputs > 0
-            and not g_idx_I.is_floating_point()
-            and 0 <= int(g_idx_I.min()) <= int(g_idx_I.max()) < groups
-            and zeros_OG.shape == (outputs, groups)
-            and zeros_OG.dtype == torch.uint8
-        )
-        if not fits:
+        g_idx_I = parts.get("g_idx", runs_of_inputs(inputs, self.group_size))
+        middle_OG = middle_zeros(outputs, groups, self.bits)
+        zeros_OG = middle_OG if self.symmetric else parts.get("zeros", torch.empty(0))
+        if zeros_OG.shape != middle_OG.shape or zeros_OG.dtype != torch.uint8:
+            raise wrong
+        if not groups_fit(g_idx_I, inputs, groups):
             raise wrong
         try:
             codes_OI = unpack_kept(stored.flatten(), keep_OI, self.bits)
@@ -139,10 +141,6 @@ class PackedSettings:
 
     def scaled(self, parts: dict[str, Tensor], factors_OG: Tensor) -> dict[str, Tensor]:
         return {**parts, "scales": (parts["scales"].float() * factors_OG).half()}
-
-    def _runs_of(self, inputs: int, groups: int) -> Tensor:
-        size = self.group_size if self.group_size > 0 else max(inputs, 1)
-        return torch.arange(inputs, dtype=torch.int32) // size
 
 
 def _fits(keep_OI: Tensor, run: tuple[int, int]) -> bool:

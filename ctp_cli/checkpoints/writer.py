@@ -167,7 +167,12 @@ def write_configuration(
     if model.generation_config is not None:
         model.generation_config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    config = {**read_json(folder / "config.json"), **_keys_for_older_readers(model)}
+    write_quantization(folder, {**read_json(folder / "config.json"), **_keys_for_older_readers(model)}, settings)
+
+
+def write_quantization(folder: Path, config: dict[str, Any], settings: LayerFormat | None) -> None:
+    """config.json with these settings and no others, and quantize_config.json, which older readers of gptq want."""
+    config = {key: value for key, value in config.items() if key != "quantization_config"}
     if settings is not None:
         config["quantization_config"] = settings.to_config()
         if settings.name == "gptq":

@@ -1,6 +1,7 @@
 """Load a checkpoint folder, dense or quantized, as a frozen transformers model in evaluation mode."""
 
 import contextlib
+import copy
 import json
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -18,7 +19,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from ctp_cli.checkpoints.formats import format_of, read_dense_state
+from ctp_cli.checkpoints.formats import FORMATS, LayerFormat, format_of, read_dense_state
 from ctp_cli.errors import InputError, is_out_of_memory
 from ctp_cli.files import read_json
 
@@ -64,17 +65,17 @@ def load_model(path: Path, *, dtype: torch.dtype | None = None, device: str = "c
     Raises InputError for a missing, damaged or unsupported checkpoint.
     """
     config = load_config(path)
-    quantization = getattr(config, "quantization_config", None)
+    form = packed_format(config, path)
     check_weight_files(path)
     try:
         with quiet_transformers():
-            if quantization is None:
+            if form is None:
                 factory: Any = AutoModelForCausalLM
                 model, info = factory.from_pretrained(
                     path, dtype=dtype or "auto", trust_remote_code=False, output_loading_info=True
                 )
             else:
-                model, info = _load_packed(path, config, quantization, dtype)
+                model, info = _load_packed(path, config, form, dtype)
     except _LOAD_FAILURES as error:
         if is_out_of_memory(error):
             raise
@@ -87,16 +88,30 @@ def load_model(path: Path, *, dtype: torch.dtype | None = None, device: str = "c
     return frozen
 
 
-def _load_packed(path: Path, config: Any, quantization: Any, dtype: torch.dtype | None) -> tuple[Any, dict[str, Any]]:
-    form = format_of(quantization if isinstance(quantization, dict) else quantization.to_dict(), path)
-    del config.quantization_config
+def packed_format(config: Any, path: Path) -> LayerFormat | None:
+    """The format of the checkpoint's quantized layers, None where it has none. Raises InputError for an unknown one."""
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is None:
+        return None
+    return format_of(quantization if isinstance(quantization, dict) else quantization.to_dict(), path)
+
+
+def dense_skeleton(config: Any) -> tuple[PreTrainedModel, set[str]]:
+    """The model without weights and without quantization, and the names of its layers that store (in, out)."""
+    config = copy.deepcopy(config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    transposed = {name for name, module in skeleton.named_modules() if type(module).__name__ == "Conv1D"}
+    return skeleton, {name for name, module in skeleton.named_modules() if type(module).__name__ == "Conv1D"}
+
+
+def _load_packed(path: Path, config: Any, form: LayerFormat, dtype: torch.dtype | None) -> tuple[Any, dict[str, Any]]:
+    skeleton, transposed = dense_skeleton(config)
     state = read_dense_state(path, form, dtype=dtype or config.dtype or torch.float16, transposed=transposed)
     factory: Any = type(skeleton)  # the Auto class insists on a path
     model, info = factory.from_pretrained(
-        None, config=config, state_dict=state, dtype=dtype or config.dtype, output_loading_info=True
+        None, config=skeleton.config, state_dict=state, dtype=dtype or config.dtype, output_loading_info=True
     )
     return model, info
 
@@ -110,14 +125,18 @@ def _refuse_missing(path: Path, missing: Collection[str]) -> None:
         )
 
 
+def weight_index(path: Path) -> Path | None:
+    """The index over a checkpoint's weight files, if it has one."""
+    prefixes = sorted({form.weights_prefix for form in FORMATS.values()}, key=lambda prefix: prefix != "model")
+    return next((file for prefix in prefixes if (file := path / f"{prefix}.safetensors.index.json").is_file()), None)
+
+
 def weight_files(path: Path) -> dict[str, Path]:
     """Tensor name -> file, from the index or from the single file.
 
     Raises InputError if there are no safetensors files or the index names one that is not there.
     """
-    for index in (path / f"{prefix}.safetensors.index.json" for prefix in ("model", "ctp")):
-        if not index.is_file():
-            continue
+    if (index := weight_index(path)) is not None:
         names = read_json(index).get("weight_map")
         if not isinstance(names, dict) or not all(isinstance(f, str) and "/" not in f for f in names.values()):
             raise InputError(f"{index}: no usable weight_map")

@@ -25,9 +25,10 @@ from transformers import (
 )
 from transformers.core_model_loading import revert_weight_conversion
 
+from ctp_cli.checkpoints.formats import FORMATS
 from ctp_cli.errors import InputError, UnsupportedModelError
 from ctp_cli.files import read_json, whole_file, write_json
-from ctp_cli.models.loading import decoder_embedding, weight_files
+from ctp_cli.models.loading import decoder_embedding, weight_files, weight_index
 from ctp_cli.progress import SILENT, Progress
 from ctp_cli.prompts import shards
 from ctp_cli.prompts.file import Prompt
@@ -174,7 +175,7 @@ def _stored_names(names: TableNames, saved: TableNames, base: Path) -> TableName
         return exact[0] if exact else shorter[0] if len(shorter) == 1 else None
 
     heads = {name.removesuffix(".weight") for name in (names.head, saved.head)}
-    if any(f"{head}.qweight" in files for head in heads):
+    if any(f"{head}.{form.parts[0]}" in files for head in heads for form in FORMATS.values()):
         raise UnsupportedModelError(f"{base}: its output head is quantized", hint="use --format peft")
     embedding = spelling(names.embedding, saved.embedding)
     if embedding is None:
@@ -279,9 +280,9 @@ def _write_weights(base: Path, folder: Path, tensors: dict[str, torch.Tensor]) -
     """
     weight_map: dict[str, str] = {}
     linked = written = total = 0
-    sources = sorted(set(weight_files(base).values()))
-    prefix = "ctp" if sources[0].name.startswith("ctp-") else "model"
-    for source in sources:
+    index = weight_index(base)
+    index_name = "model.safetensors.index.json" if index is None else index.name
+    for source in sorted(set(weight_files(base).values())):
         held = set(shards.read_header(source).tensors)
         kept = held - tensors.keys()
         if not kept:
@@ -296,14 +297,13 @@ def _write_weights(base: Path, folder: Path, tensors: dict[str, torch.Tensor]) -
             written += shards.copy_without(source, folder / name, tensors.keys())
         weight_map |= dict.fromkeys(kept, name)
         total += shards.read_header(folder / name).tensor_bytes
-    vocabulary = folder / f"{prefix}-vocabulary.safetensors"
+    vocabulary = folder / f"{index_name.partition('.')[0]}-vocabulary.safetensors"
     with whole_file(vocabulary) as beside:
         save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, beside, metadata={"format": "pt"})
     weight_map |= dict.fromkeys(tensors, vocabulary.name)
     written += vocabulary.stat().st_size
     total += shards.read_header(vocabulary).tensor_bytes
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    write_json(folder / f"{prefix}.safetensors.index.json", index)
+    write_json(folder / index_name, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
     return linked, written
 
 

@@ -48,7 +48,7 @@ class Job:
             run = (rule.mask.n, rule.mask.m) if rule.mask is not None and rule.mask.m else None
             settings = PackedSettings(*common, run)
         elif section.format == CompressedTensorsSettings.name:
-            settings = CompressedTensorsSettings(*common, section.act_order == "column", grid.scale_dtype)
+            settings = CompressedTensorsSettings(*common, scale_dtype=grid.scale_dtype)
         else:
             settings = GPTQSettings(
                 *common,

@@ -73,7 +73,7 @@ def test_parts_that_do_not_go_together_are_refused() -> None:
         {"weight_g_idx": torch.full((64,), 2)},
         {"weight_g_idx": torch.zeros(63, dtype=torch.int32)},
     ):
-        with pytest.raises(InputError, match="layer: the parts of this layer do not go together"):
+        with pytest.raises(InputError, match=r"layer: the .* parts of this layer do not go together"):
             form.unpack("layer", {**good, **change})
     with pytest.raises(InputError, match="weight_scale missing"):
         form.unpack("layer", {"weight_packed": good["weight_packed"]})

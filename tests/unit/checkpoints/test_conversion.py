@@ -106,3 +106,16 @@ def test_what_cannot_be_converted_is_refused_and_leaves_nothing(tmp_path: Path) 
     with pytest.raises(InputError, match=r"up_proj: said to be symmetric"):
         to("ctp", tmp_path / "small")
     assert {path.name for path in tmp_path.iterdir()} == before
+
+
+def test_scales_that_float16_does_not_reach_are_refused(tmp_path: Path) -> None:
+    model, text = tiny_model("llama_tied_gqa", tmp_path / "model", dtype=torch.bfloat16), calibration_text(tmp_path)
+    run(model, tmp_path / "small", text, format="compressed-tensors")
+    file = tmp_path / "small" / "model-00002-of-00003.safetensors"
+    tensors = load_file(file)
+    tensors["model.layers.0.mlp.up_proj.weight_scale"][0, 0] = 1e-20
+    save_file(tensors, file, metadata={"format": "pt"})
+    for form in ("gptq", "ctp"):
+        with pytest.raises(InputError, match=r"up_proj: its scales are beyond float16"):
+            to(form, tmp_path / "small")
+    assert torch.isfinite(logits(to("dense", tmp_path / "small"))).all()

@@ -19,7 +19,7 @@ FORMS: list[LayerFormat] = [
     PackedSettings(4, 32, True),
     PackedSettings(3, 32, False, (2, 4)),
     CompressedTensorsSettings(4, 32, True),
-    CompressedTensorsSettings(8, 32, False, scattered=True),
+    CompressedTensorsSettings(8, 32, False),
 ]
 
 

@@ -149,7 +149,7 @@ def test_parts_that_do_not_go_together_are_refused() -> None:
         {"g_idx": torch.full((64,), -1, dtype=torch.int32)},
         {"g_idx": torch.zeros(64)},
     ):
-        with pytest.raises(InputError, match="layer: the parts of this layer do not go together"):
+        with pytest.raises(InputError, match=r"layer: the .* parts of this layer do not go together"):
             form.unpack("layer", {**good, **change})
     for missing in ("codes", "scales"):
         with pytest.raises(InputError, match=f"layer: {missing} missing"):

@@ -1,0 +1,67 @@
+"""What the formats of quantized layers share: groups, zero points, and how parts that do not fit are refused.
+
+O=out_features I=in_features G=groups
+"""
+
+import torch
+from torch import Tensor
+
+from ctp_cli.errors import InputError
+
+
+def runs_of_inputs(inputs: int, group_size: int) -> Tensor:
+    """(I,) int32: the group of each input where groups are runs; group_size -1 is one group."""
+    return torch.arange(inputs, dtype=torch.int32) // (group_size if group_size > 0 else max(inputs, 1))
+
+
+def groups_fit(g_idx_I: Tensor, inputs: int, groups: int) -> bool:
+    """Whether every input has a group, and one that exists."""
+    return (
+        inputs > 0
+        and g_idx_I.shape == (inputs,)
+        and not g_idx_I.is_floating_point()
+        and 0 <= int(g_idx_I.min()) <= int(g_idx_I.max()) < groups
+    )
+
+
+def middle_zeros(outputs: int, groups: int, bits: int) -> Tensor:
+    """(O, G) uint8: the zero points of a symmetric grid, which are not stored."""
+    return torch.full((outputs, groups), 2 ** (bits - 1), dtype=torch.uint8)
+
+
+def check_symmetric(layer: str, zeros_OG: Tensor, bits: int) -> None:
+    """Raises InputError for zero points that a symmetric grid has not: not storing them would change weights."""
+    if bool((zeros_OG != 2 ** (bits - 1)).any()):
+        raise InputError(f"{layer}: said to be symmetric, but its zero points are not {2 ** (bits - 1)}")
+
+
+def float16_scales(layer: str, scales_OG: Tensor) -> Tensor:
+    """Raises InputError for scales that float16 does not reach, as others' bfloat16 ones may be."""
+    half_OG = scales_OG.half()
+    if bool(((half_OG == 0) & (scales_OG != 0)).any()) or not bool(torch.isfinite(half_OG).all()):
+        raise InputError(f"{layer}: its scales are beyond float16, which this format stores", hint="use --format dense")
+    return half_OG
+
+
+def check_whole_words(layer: str, form: str, *, out_features: int, in_features: int, bits: int) -> None:
+    """Raises InputError for a layer whose sizes do not fill whole 32-bit words."""
+    for what, size in (("inputs", in_features), ("outputs", out_features)):
+        if size * bits % 32 or size % 32:
+            raise InputError(
+                f"{layer}: {size} {what} are no multiple of 32, which format {form} needs", hint="use --format dense"
+            )
+
+
+def check_there(layer: str, form: str, parts: dict[str, Tensor], needed: tuple[str, ...]) -> None:
+    """Raises InputError naming the parts that are missing."""
+    if missing := [part for part in needed if part not in parts]:
+        raise InputError(f"{layer}: {', '.join(missing)} missing from the {form} checkpoint")
+
+
+def misfit(layer: str, form: str, parts: dict[str, Tensor], bits: int) -> InputError:
+    """The error for parts that do not go together."""
+    shapes = ", ".join(f"{part} {tuple(tensor.shape)}" for part, tensor in parts.items())
+    return InputError(
+        f"{layer}: the shapes or contents of the {form} parts of this layer do not go together ({shapes}, {bits} bits)",
+        hint="copy, download or make the checkpoint again",
+    )
