@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from ctp_cli import __version__
-from ctp_cli.commands import bench, compress, convert, eval, learn, run, stitch
+from ctp_cli.commands import bench, compress, convert, eval, learn, run, stitch, unstitch
 from ctp_cli.commands.common import DEBUG_VARIABLE, INTERRUPTED
 from ctp_cli.console import Console
 
@@ -44,6 +44,7 @@ def _global(
 app.command("compress")(compress.compress)
 app.command("learn")(learn.learn)
 app.command("stitch")(stitch.stitch)
+app.command("unstitch")(unstitch.unstitch)
 app.command("eval")(eval.evaluate)
 app.command("bench")(bench.bench)
 app.command("convert")(convert.convert)

@@ -110,7 +110,7 @@ def workspace(output: Path, *, kind: str, identity: Mapping[str, Any], force: bo
     """
     plain: dict[str, Any] = json.loads(json.dumps(identity, default=str))
     refuse_existing(output, force=force)
-    partial = output.with_name(output.name + ".partial")
+    partial = unfinished(output)
     lock_path = output.with_name(f".{output.name}.lock")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -134,6 +134,11 @@ def workspace(output: Path, *, kind: str, identity: Mapping[str, Any], force: bo
             if partial.exists() and not any(p.name != IDENTITY for p in partial.iterdir()):
                 shutil.rmtree(partial)
             lock_path.unlink(missing_ok=True)
+
+
+def unfinished(output: Path) -> Path:
+    """Where the work on `output` is until it is whole."""
+    return output.with_name(output.name + ".partial")
 
 
 @contextlib.contextmanager

@@ -128,8 +128,14 @@ class CompressSection(Section):
 
 
 class LearnSection(Section):
-    """`ctp learn`: a soft prompt on a frozen model."""
+    """`ctp learn`: a prompt on frozen models."""
 
+    method: Literal["soft-prompt", "kv-prefix"] = "soft-prompt"
+    """soft-prompt: rows among the input embeddings, which any engine serves once stitched; kv-prefix: every layer's
+    keys and values (prefix tuning), for engines that take a filled cache."""
+    init: str | None = None
+    """Where learning starts: 'text:WORDS', or the file of an earlier prompt. None: random token embeddings; for a
+    kv-prefix, the beginning of the text learned from."""
     tokens: Annotated[int, Field(ge=1, le=4096)] = 100
     """num_virtual_tokens: rows of the prompt."""
     steps: Annotated[int, Field(ge=1)] | None = None
@@ -139,11 +145,20 @@ class LearnSection(Section):
     batch_size: Annotated[int, Field(ge=1)] = 4
     seqlen: Annotated[int, Field(ge=8)] = 512
     """Text tokens per sequence; the prompt stands before them."""
-    learning_rate: Annotated[float, Field(gt=0)] = 1e-2
+    learning_rate: Annotated[float, Field(gt=0)] | Literal["auto"] | None = None
+    """None: 1e-2; for a kv-prefix, in standard deviations of each layer's keys or values, 3e-2. auto: the best of this,
+    0.3 and 3 times this after 20 steps with each."""
     warmup_share: Annotated[float, Field(ge=0, lt=1)] = 0.05
     """Share of the steps over which the learning rate rises linearly; it then falls linearly to zero."""
     gradient_clip: Annotated[float, Field(gt=0)] = 1.0
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    teacher: str | None = None
+    """The model to learn from beside the text: its likeliest next tokens are part of the loss. The uncompressed model
+    is meant. Asked once, before learning; it is not in memory later."""
+    teacher_share: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """Of the loss; the text has the rest."""
+    teacher_tokens: Annotated[int, Field(ge=1, le=1024)] = 32
+    """Likeliest tokens kept for each position of the text."""
     text: str | None = None
     """Text to learn from. None: pydoc for the embedded model, c4 otherwise."""
     validation: str | None = None
@@ -156,12 +171,16 @@ class LearnSection(Section):
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     """accelerate's; the frozen model keeps its checkpoint's dtype, the prompt is float32 in any case."""
+    tracker: str | None = None
+    """Of accelerate's: tensorboard, wandb, mlflow, ... Files go to the output's folder `logs`."""
 
 
 class StitchSection(Section):
     """`ctp stitch`: prompt + checkpoint -> checkpoint."""
 
-    format: Literal["vocab", "peft"] = "vocab"
+    format: Literal["vocab", "peft", "kv"] = "vocab"
+    """vocab: new tokens of an ordinary checkpoint; peft: an adapter, which for a kv-prefix is one of prefix tuning;
+    kv: the keys and values the prompt has on this checkpoint."""
 
 
 class EvalSection(Section):

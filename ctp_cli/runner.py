@@ -156,7 +156,13 @@ class _Builder:
             "prompt",
             [section.model_dump(), _text_key(section.text), _text_key(section.validation)],
             upstream,
-            lambda output: learn_prompt(section, model=subject, output=output, **options),
+            lambda output: learn_prompt(
+                section,
+                models=[subject],
+                teacher=resolve_model(section.teacher) if section.teacher else None,
+                output=output,
+                **options,
+            ),
         )
 
     def _stitch(self, subject: ResolvedModel, upstream: str) -> str:

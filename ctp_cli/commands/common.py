@@ -71,9 +71,15 @@ def _interrupted() -> CtpError:
     return CtpError("interrupted", hint="finished parts are kept: run the same command again to go on")
 
 
+def follows() -> bool:
+    """Whether this process was started beside a main one (torchrun, accelerate launch), which speaks for it."""
+    return os.environ.get("RANK", "0") != "0"
+
+
 def _stop(console: Console, error: CtpError, code: int | None = None) -> None:
     BarProgress.close_all()  # a bar left open would hide the cursor and draw over the message
-    console.error(error)
+    if not follows():
+        console.error(error)
     raise typer.Exit(error.exit_code if code is None else code) from None
 
 

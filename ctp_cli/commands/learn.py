@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from ctp_cli.commands.common import Device, Force, Json, Output, Quiet, newest_or, reports_errors
+from ctp_cli.commands.common import Device, Force, Json, Output, Quiet, follows, newest_or, reports_errors
 from ctp_cli.commands.compress import EMBEDDED
 from ctp_cli.console import Console, time_text
 from ctp_cli.recipe import LearnSection, build
@@ -16,7 +16,16 @@ LENGTH, TRAINING, TEXT = "How long", "Training", "Text"
 
 @reports_errors
 def learn(
-    model: Annotated[str | None, typer.Argument(help="Checkpoint to learn on; the newest one here by default.")] = None,
+    models: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[MODEL]...", help="Checkpoint(s) to learn on: compressions of one model. Default: the newest here."
+        ),
+    ] = None,
+    method: Annotated[str | None, typer.Option(help="soft-prompt or kv-prefix.", rich_help_panel=TRAINING)] = None,
+    init: Annotated[
+        str | None, typer.Option(help="Start from text:WORDS, or an earlier prompt's file.", rich_help_panel=TRAINING)
+    ] = None,
     tokens: Annotated[
         int | None, typer.Option(help="Rows of the prompt (num_virtual_tokens).", rich_help_panel=TRAINING)
     ] = None,
@@ -29,9 +38,22 @@ def learn(
     ] = None,
     batch_size: Annotated[int | None, typer.Option(help="Sequences per step.", rich_help_panel=TRAINING)] = None,
     seqlen: Annotated[int | None, typer.Option(help="Text tokens per sequence.", rich_help_panel=TRAINING)] = None,
-    learning_rate: Annotated[float | None, typer.Option("--lr", "--learning-rate", rich_help_panel=TRAINING)] = None,
+    learning_rate: Annotated[
+        str | None, typer.Option("--lr", "--learning-rate", help="A number, or auto.", rich_help_panel=TRAINING)
+    ] = None,
     mixed_precision: Annotated[str | None, typer.Option(help="no, bf16 or fp16.", rich_help_panel=TRAINING)] = None,
+    tracker: Annotated[
+        str | None, typer.Option(help="tensorboard, wandb, ... (accelerate's).", rich_help_panel=TRAINING)
+    ] = None,
     seed: Annotated[int | None, typer.Option(rich_help_panel=TRAINING)] = None,
+    teacher: Annotated[
+        str | None,
+        typer.Option(help="Model to learn from beside the text: the uncompressed one.", rich_help_panel=TEXT),
+    ] = None,
+    teacher_share: Annotated[float | None, typer.Option(help="Of the loss.", rich_help_panel=TEXT)] = None,
+    teacher_tokens: Annotated[
+        int | None, typer.Option(help="Likeliest tokens kept per position.", rich_help_panel=TEXT)
+    ] = None,
     text: Annotated[
         str | None, typer.Option(help="pydoc, c4, wikitext2, ptb, or FILE[:COLUMN].", rich_help_panel=TEXT)
     ] = None,
@@ -48,14 +70,18 @@ def learn(
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Learn a soft prompt on a frozen model, compressed or not.
+    """Learn a prompt on a frozen model, compressed or not, or on several compressions of it at once.
 
     \b
     ctp learn smollm2-135m-s50-w4 --max-time 10m
     ctp learn path/to/model --text mine.jsonl --tokens 50 --steps 500
+    ctp learn model-s50-w4 model-w3 --method kv-prefix
+    torchrun --nproc-per-node 2 -m ctp_cli learn model
     """
-    console = Console(quiet=quiet, json_mode=json)
+    console = Console(quiet=quiet or follows(), json_mode=json)
     given = {
+        "method": method,
+        "init": init,
         "tokens": tokens,
         "steps": steps,
         "max_time": max_time,
@@ -64,7 +90,11 @@ def learn(
         "seqlen": seqlen,
         "learning_rate": learning_rate,
         "mixed_precision": mixed_precision,
+        "tracker": tracker,
         "seed": seed,
+        "teacher": teacher,
+        "teacher_share": teacher_share,
+        "teacher_tokens": teacher_tokens,
         "text": text,
         "validation": validation,
         "validate_every": validate_every,
@@ -77,25 +107,31 @@ def learn(
     from ctp_cli.stages.learn import learn_prompt
 
     progress = console.progress()
-    resolved = resolve_model(model or newest_or((COMPRESSED,), EMBEDDED, console), progress)
+    chosen = models or [newest_or((COMPRESSED,), EMBEDDED, console)]
+    resolved = [resolve_model(name, progress) for name in chosen]
+    name = resolved[0].name
     report = learn_prompt(
         section,
-        model=resolved,
-        output=output or Path(f"{resolved.name}-prompt{section.tokens}"),
+        models=resolved,
+        teacher=resolve_model(section.teacher, progress) if section.teacher else None,
+        output=output or Path(f"{name}-{'prompt' if section.method == 'soft-prompt' else 'prefix'}{section.tokens}"),
         device=resolve_device(device),
         force=force,
         progress=progress,
     )
+    if follows():
+        return
     console.table(
-        f"learned {section.tokens} prompt tokens on {resolved.name}",
+        f"learned {section.tokens} prompt tokens on {', '.join(one.name for one in resolved)}",
         ("", "validation perplexity"),
         [
             ("no prompt", f"{report.unprompted_perplexity:.3f}"),
-            ("random token embeddings", f"{report.start_perplexity:.3f}"),
+            ("at the start", f"{report.start_perplexity:.3f}"),
             (f"learned (step {report.best_step} of {report.steps})", f"{report.best_perplexity:.3f}"),
         ],
         caption=f"{time_text(report.seconds)} of learning; this text chose the prompt, so report on another one",
     )
     console.document("learn", asdict(report) | {"path": str(report.path), "prompt_file": str(report.prompt_file)})
     console.result(str(report.prompt_file))
-    console.next_step(f"ctp stitch {report.prompt_file} {model or resolved.path}")
+    extra = "" if section.method == "soft-prompt" else " --format kv"
+    console.next_step(f"ctp stitch {report.prompt_file} {chosen[0]}{extra}")

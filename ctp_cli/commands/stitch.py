@@ -15,7 +15,9 @@ from ctp_cli.recipe import StitchSection, build
 def stitch(
     prompt: Annotated[Path, typer.Argument(help="prompt.safetensors, or its folder.")],
     model: Annotated[str, typer.Argument(help="Checkpoint to stitch it onto: any compression of the same model.")],
-    format: Annotated[str | None, typer.Option(help="vocab (any engine serves it) or peft (an adapter).")] = None,
+    format: Annotated[
+        str | None, typer.Option(help="vocab (any engine serves it), peft (an adapter) or kv (a filled cache).")
+    ] = None,
     output: Output = None,
     force: Force = False,
     json: Json = False,
@@ -26,6 +28,7 @@ def stitch(
     \b
     ctp stitch prompt.safetensors model/
     ctp stitch my-prompt/ newly-compressed-model/ --format peft -o adapter
+    ctp stitch my-prefix/ model/ --format kv
     """
     console = Console(quiet=quiet, json_mode=json)
     section = build(StitchSection, {"format": format})
@@ -57,4 +60,9 @@ def stitch(
     console.table(f"stitched as {section.format}", ("", ""), rows)
     console.document("stitch", asdict(report) | {"path": str(report.path)})
     console.result(str(report.path))
-    console.next_step(f"ctp eval {report.path}" if section.format == "vocab" else f"ctp eval {model} --prompt {prompt}")
+    evaluated = {
+        "vocab": str(report.path),
+        "peft": f"{model} --prompt {prompt}",
+        "kv": f"{model} --prompt {report.path}",
+    }
+    console.next_step(f"ctp eval {evaluated[section.format]}")

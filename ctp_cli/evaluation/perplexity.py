@@ -1,6 +1,6 @@
 """Perplexity of a model, with or without a prompt, on windows of tokens; and whether two of them differ.
 
-N=windows T=tokens per window P=prompt tokens D=embedding width
+N=windows T=tokens per window
 """
 
 import math
@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from ctp_kernels.prefix import fresh_copy, prefix_cache
+from ctp_kernels.prefix import fresh_copy
 from ctp_kernels.profiling import learned_positions
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
 
 from ctp_cli.errors import InputError
 from ctp_cli.models.head import Scorer
@@ -55,17 +56,17 @@ def perplexity(
     model: PreTrainedModel,
     windows_NT: Tensor,
     *,
-    prompt_PD: Tensor | None = None,
+    prefix: Cache | None = None,
     batch_size: int = 4,
     progress: Progress = SILENT,
 ) -> Perplexity:
-    """Score tokens 2..T of every window given the ones before them (and the prompt).
+    """Score tokens 2..T of every window given the ones before them and the prompt whose keys and values are `prefix`.
 
-    Prompt positions are never scored and never counted. The prompt's keys and values are computed once for all windows.
-    Raises: ValueError if the prompt is not as wide as the model's embeddings, InputError if prompt and window together
-    exceed the positions of a model that learned them.
+    Prompt positions are never scored and never counted.
+    Raises: InputError if prompt and window together exceed the positions of a model that learned them.
     """
-    needed, limit = windows_NT.shape[1] + (0 if prompt_PD is None else prompt_PD.shape[0]), learned_positions(model)
+    prompt_tokens = 0 if prefix is None else prefix.get_seq_length()
+    needed, limit = windows_NT.shape[1] + prompt_tokens, learned_positions(model)
     if limit is not None and needed > limit:
         raise InputError(
             f"prompt and window together are {needed} tokens, the model has {limit} positions",
@@ -78,7 +79,6 @@ def perplexity(
             hint="is the tokenizer that of this model?",
         )
     scorer = Scorer(model)
-    prefix = None if prompt_PD is None else prefix_cache(model, prompt_PD)
     sums: list[Tensor] = []
     progress.start("perplexity", windows_NT.shape[0])
     for ids_BT in windows_NT.to(model.device).split(batch_size):
@@ -91,7 +91,7 @@ def perplexity(
         raise InputError(
             "the model's outputs hold NaN or infinity", hint="is the checkpoint sound, and its dtype wide enough?"
         )
-    return Perplexity(torch.cat(sums), windows_NT.shape[1] - 1, 0 if prompt_PD is None else prompt_PD.shape[0])
+    return Perplexity(torch.cat(sums), windows_NT.shape[1] - 1, prompt_tokens)
 
 
 @dataclass(frozen=True)

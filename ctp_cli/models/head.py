@@ -1,8 +1,9 @@
 """From final hidden states to the loss of each token, without ever holding all logits.
 
-B=batch T=tokens N=positions D=hidden width V=vocabulary
+B=batch T=tokens N=positions D=hidden width V=vocabulary K=likeliest tokens
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -37,22 +38,46 @@ class Scorer:
         hidden: Tensor = self.model.base_model(**{"use_cache": False, **inputs}).last_hidden_state
         return hidden
 
-    def nll(self, labels_BT: Tensor, *, skip: int = 0, prefix: Cache | None = None, **inputs: Any) -> Tensor:
+    def nll(
+        self,
+        labels_BT: Tensor,
+        *,
+        skip: int = 0,
+        prefix: Cache | None = None,
+        soft: "SoftTargets | None" = None,
+        **inputs: Any,
+    ) -> Tensor:
         """Loss of each label but the first of each row, (B, T - 1) float32; differentiable in `inputs_embeds`.
 
         `inputs` go to the model as they are, behind the keys and values of `prefix`, which grows. The first `skip` of
-        the model's output positions (a prompt given as embeddings) are left out of the head altogether.
+        the model's output positions (a prompt given as embeddings) are left out of the head altogether. With `soft`
+        the loss is the cross-entropy against a mix of label and another model's likeliest tokens.
         """
-        targets_BT = labels_BT[:, 1:]
+        shape = labels_BT[:, 1:].shape
+        tokens_NK, shares_NK = labels_BT[:, 1:].reshape(-1, 1), None
+        if soft is not None:
+            tokens_NK, shares_NK = soft.mixed_with(tokens_NK)
         if prefix is not None:
             inputs |= {cache_keyword(self.model): prefix, "use_cache": True}
         if self.head is None:
             logits = self.model(**{"use_cache": False, **inputs}).logits[:, skip:-1]
-            flat = nn.functional.cross_entropy(logits.float().flatten(0, 1), targets_BT.flatten(), reduction="none")
-            return flat.view(targets_BT.shape)
+            surprise_NK = -logits.float().flatten(0, 1).log_softmax(-1).gather(1, tokens_NK)
+            return (surprise_NK if shares_NK is None else surprise_NK * shares_NK).sum(-1).view(shape)
         hidden_ND = self._hidden(**inputs)[:, skip:-1].flatten(0, 1)
-        losses_N: Tensor = _HeadLoss.apply(hidden_ND, self.head.weight, self.head.bias, targets_BT.flatten())
-        return losses_N.view(targets_BT.shape)
+        losses_N: Tensor = _HeadLoss.apply(hidden_ND, self.head.weight, self.head.bias, tokens_NK, shares_NK)
+        return losses_N.view(shape)
+
+    @torch.no_grad()
+    def likeliest(self, ids_BT: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """The likeliest next tokens after every token but the last, and their probabilities, (B, T - 1, K) both."""
+        if self.head is None:
+            parts = [self.model(ids_BT, use_cache=False).logits[:, :-1].float().flatten(0, 1)]
+        else:
+            hidden_ND = self._hidden(input_ids=ids_BT)[:, :-1].flatten(0, 1)
+            parts = [nn.functional.linear(part, self.head.weight, self.head.bias) for part in hidden_ND.split(_CHUNK)]
+        tops = [part.float().softmax(-1).topk(count, dim=-1) for part in parts]
+        shape = (ids_BT.shape[0], ids_BT.shape[1] - 1, count)
+        return torch.cat([t.indices for t in tops]).view(shape), torch.cat([t.values for t in tops]).view(shape)
 
     def divergence(self, full: "Scorer", ids_BT: Tensor) -> Tensor:
         """KL(full || model) of the next token after every token, (B, T) float32; differentiable in this model.
@@ -71,31 +96,56 @@ class Scorer:
         return divergences_N.view(ids_BT.shape)
 
 
+@dataclass(frozen=True)
+class SoftTargets:
+    """Another model's likeliest next tokens and their probabilities, (B, T - 1, K) both."""
+
+    tokens_BTK: Tensor
+    probabilities_BTK: Tensor
+    share: float
+    """Weight of these in the loss, between 0 and 1; the label has the rest."""
+
+    def mixed_with(self, labels_N1: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens and shares that sum to 1, (N, 1 + K); a label that is among the tokens has both its shares."""
+        likely_NK = self.probabilities_BTK.flatten(0, 1).float()
+        likely_NK = self.share * likely_NK / likely_NK.sum(-1, keepdim=True)
+        shares_NK = torch.cat([torch.full_like(likely_NK[:, :1], 1 - self.share), likely_NK], dim=1)
+        return torch.cat([labels_N1, self.tokens_BTK.flatten(0, 1).to(labels_N1)], dim=1), shares_NK
+
+
 class _HeadLoss(torch.autograd.Function):
     """Cross-entropy of a frozen head, chunk by chunk; gradients are made in the forward pass, while logits exist."""
 
     @staticmethod
-    def forward(ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, labels_N: Tensor) -> Tensor:
-        losses_N = torch.empty(labels_N.shape, dtype=torch.float32, device=hidden_ND.device)
+    def forward(
+        ctx: Any,
+        hidden_ND: Tensor,
+        weight_VD: Tensor,
+        bias_V: Tensor | None,
+        tokens_NK: Tensor,
+        shares_NK: Tensor | None,
+    ) -> Tensor:
+        losses_N = torch.empty(tokens_NK.shape[0], dtype=torch.float32, device=hidden_ND.device)
         wants_gradient = ctx.needs_input_grad[0]
         gradient_ND = torch.empty_like(hidden_ND) if wants_gradient else None
-        for start in range(0, labels_N.numel(), _CHUNK):
+        for start in range(0, tokens_NK.shape[0], _CHUNK):
             part = slice(start, start + _CHUNK)
             logits_CV = nn.functional.linear(hidden_ND[part], weight_VD, bias_V).float()
             normalizer_C = torch.logsumexp(logits_CV, dim=-1)
-            labels_C1 = labels_N[part, None]
-            losses_N[part] = normalizer_C - logits_CV.gather(1, labels_C1)[:, 0]
+            tokens_CK = tokens_NK[part]
+            shares_CK = torch.ones_like(tokens_CK, dtype=torch.float32) if shares_NK is None else shares_NK[part]
+            losses_N[part] = normalizer_C - (logits_CV.gather(1, tokens_CK) * shares_CK).sum(-1)
             if gradient_ND is not None:
                 share_CV = logits_CV.sub_(normalizer_C[:, None]).exp_()
-                share_CV.scatter_add_(1, labels_C1, share_CV.new_full(labels_C1.shape, -1.0))
+                share_CV.scatter_add_(1, tokens_CK, -shares_CK)
                 gradient_ND[part] = share_CV.to(weight_VD.dtype) @ weight_VD
         ctx.save_for_backward(gradient_ND)
         return losses_N
 
     @staticmethod
-    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, None, None, None]:
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, None, None, None, None]:
         (gradient_ND,) = ctx.saved_tensors
-        return (gradient_ND * outer[0][:, None].to(gradient_ND.dtype), None, None, None)
+        return (gradient_ND * outer[0][:, None].to(gradient_ND.dtype), None, None, None, None)
 
 
 class _HeadDivergence(torch.autograd.Function):

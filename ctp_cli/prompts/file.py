@@ -1,6 +1,4 @@
-"""The prompt file: one tensor and where it came from, in one safetensors file; and whether it fits a
-model.
-"""
+"""The prompt file: one tensor and where it came from, in one safetensors file; and whether it fits a model."""
 
 import hashlib
 import json
@@ -20,9 +18,10 @@ from ctp_cli.files import whole_file
 from ctp_cli.prompts.shards import TensorEntry, read_header
 
 PROMPT_FILE = "prompt.safetensors"
-TENSOR = "prompt_embeddings"
+TENSOR, KV_TENSOR = "prompt_embeddings", "key_values"
 FORMAT_VERSION = 1
 MAX_TOKENS, MAX_WIDTH = 65_536, 1_048_576
+_MAX_KV = (4096, 2, 4096, MAX_TOKENS, 4096)
 
 Kind = Literal["soft-prompt", "kv-prefix"]
 Layout = Literal["prompt-text", "bos-prompt-text"]
@@ -72,14 +71,35 @@ class Prompt:
         return self.embeddings.shape[1]
 
 
-def save_prompt(path: Path, prompt: Prompt) -> None:
-    """Write the prompt to `path`; whoever reads it meanwhile sees the old file or the new one, never a
-    part.
+@dataclass(frozen=True, eq=False)
+class KvPrefix:
+    """Learned keys and values that stand before a text in every layer's cache.
+
+    Shapes: key_values (layers, 2, key-value heads, num_virtual_tokens, head width) float32, keys first, as they stand
+    in the cache: positions are already applied to them.
     """
+
+    key_values: torch.Tensor
+    metadata: PromptMetadata = PromptMetadata(kind="kv-prefix")
+
+    def __post_init__(self) -> None:
+        assert self.key_values.dim() == 5 and self.key_values.dtype == torch.float32, self.key_values
+
+    @property
+    def num_virtual_tokens(self) -> int:
+        return self.key_values.shape[3]
+
+
+AnyPrompt = Prompt | KvPrefix
+
+
+def save_prompt(path: Path, prompt: AnyPrompt) -> None:
+    """Write the prompt to `path`; whoever reads it meanwhile sees the old file or the new one, never a part."""
+    name, tensor = (TENSOR, prompt.embeddings) if isinstance(prompt, Prompt) else (KV_TENSOR, prompt.key_values)
     header = {field.name: getattr(prompt.metadata, field.name) for field in fields(PromptMetadata)}
     strings = {name: str(value) for name, value in header.items() if value is not None}
     with whole_file(path) as beside:
-        save_file({TENSOR: prompt.embeddings.detach().cpu().contiguous()}, beside, metadata=strings)
+        save_file({name: tensor.detach().cpu().contiguous()}, beside, metadata=strings)
         _sort_header(beside)
 
 
@@ -92,11 +112,10 @@ def _sort_header(file: Path) -> None:
     file.write_bytes(len(header).to_bytes(8, "little") + header + content[8 + length :])
 
 
-def load_prompt(path: Path) -> Prompt:
+def load_prompt(path: Path) -> AnyPrompt:
     """Read a prompt from its file, or from the folder that holds `prompt.safetensors`.
 
-    Other tools' files are welcome if they hold the tensor `prompt_embeddings`; what they do not say stays
-    None.
+    Other tools' files are welcome if they hold the tensor `prompt_embeddings`; what they do not say stays None.
     Raises InputError for anything else, before memory is taken.
     """
     file = path / PROMPT_FILE if path.is_dir() else path
@@ -104,28 +123,42 @@ def load_prompt(path: Path) -> Prompt:
         where = f"{path}: holds no {PROMPT_FILE}" if path.is_dir() else f"{path}: no such file"
         raise InputError(where, hint=f"give the {PROMPT_FILE} that `ctp learn` made, or its folder")
     header = read_header(file)
-    _check_tensor(file, header.tensors)
     metadata = _metadata(file, header.metadata)
+    name = KV_TENSOR if metadata.kind == "kv-prefix" else TENSOR
+    _check_tensor(file, header.tensors, name)
     try:
-        embeddings = load_file(file)[TENSOR].to(torch.float32)
+        tensor = load_file(file)[name].to(torch.float32)
     except (SafetensorError, OSError) as error:
         raise InputError(f"{file}: damaged ({error})", hint="copy it again, or learn the prompt again") from None
-    if not torch.isfinite(embeddings).all():
+    if not torch.isfinite(tensor).all():
         raise InputError(f"{file}: the prompt holds NaN or infinite values", hint="learn it again with a lower rate")
-    return Prompt(embeddings, metadata)
+    return Prompt(tensor, metadata) if name == TENSOR else KvPrefix(tensor, metadata)
 
 
-def _check_tensor(file: Path, tensors: Mapping[str, TensorEntry]) -> None:
-    entry = tensors.get(TENSOR)
+def load_soft_prompt(path: Path, *, why: str) -> Prompt:
+    """Raises InputError, with `why`, for a prompt of another kind."""
+    prompt = load_prompt(path)
+    if not isinstance(prompt, Prompt):
+        raise InputError(f"{path}: a {prompt.metadata.kind}, {why}", hint="learn one with --method soft-prompt")
+    return prompt
+
+
+def _check_tensor(file: Path, tensors: Mapping[str, TensorEntry], name: str) -> None:
+    entry = tensors.get(name)
     if entry is None:
         held = ", ".join(sorted(tensors)[:3]) or "nothing"
-        raise InputError(f"{file}: holds no tensor {TENSOR} (it holds {held})", hint="is this a prompt file?")
+        raise InputError(f"{file}: holds no tensor {name} (it holds {held})", hint="is this a prompt file?")
     shape = "x".join(map(str, entry.shape))
     if entry.dtype not in ("F32", "F16", "BF16"):
-        raise InputError(f"{file}: {TENSOR} is {entry.dtype}, expected F32", hint="is this a prompt file?")
-    if len(entry.shape) != 2 or not (0 < entry.shape[0] <= MAX_TOKENS and 0 < entry.shape[1] <= MAX_WIDTH):
+        raise InputError(f"{file}: {name} is {entry.dtype}, expected F32", hint="is this a prompt file?")
+    most, wanted = (
+        ((MAX_TOKENS, MAX_WIDTH), "virtual tokens x embedding width")
+        if name == TENSOR
+        else (_MAX_KV, "layers x 2 x heads x virtual tokens x head width")
+    )
+    if len(entry.shape) != len(most) or not all(0 < n <= m for n, m in zip(entry.shape, most, strict=True)):
         raise InputError(
-            f"{file}: {TENSOR} is {shape}, expected virtual tokens x embedding width",
+            f"{file}: {name} is {shape}, expected {wanted}",
             hint="is this a prompt file?",
         )
 
@@ -183,7 +216,7 @@ def fingerprint_embedding(weight: torch.Tensor) -> str:
 
 
 def check_fits(
-    prompt: Prompt, *, tokenizer: PreTrainedTokenizerBase, embedding: torch.Tensor, model: str
+    prompt: AnyPrompt, *, tokenizer: PreTrainedTokenizerBase, embedding: torch.Tensor, model: str
 ) -> tuple[str, ...]:
     """Refuse a prompt that was learned for another model; return a line per fact that could not be verified.
 
@@ -193,7 +226,7 @@ def check_fits(
     facts = prompt.metadata
     width = embedding.shape[1]
     learned_on = f" (learned on {facts.base_model})" if facts.base_model else ""
-    if prompt.embedding_dim != width:
+    if isinstance(prompt, Prompt) and prompt.embedding_dim != width:
         raise InputError(
             f"the prompt{learned_on} is {prompt.embedding_dim} wide, the embeddings of {model} are {width}",
             hint="a prompt fits compressions of the model it was learned on, not other models",

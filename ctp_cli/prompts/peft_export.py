@@ -1,6 +1,7 @@
 """A prompt as a PEFT adapter: a folder that `PeftModel.from_pretrained(base, folder)` loads."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -9,7 +10,9 @@ from transformers import PreTrainedModel
 from ctp_cli.errors import UnsupportedModelError
 from ctp_cli.files import whole_file, write_json
 from ctp_cli.models.loading import decoder_embedding
-from ctp_cli.prompts.file import Prompt
+from ctp_cli.prompts.file import KvPrefix, Prompt
+
+_NO_BOS = "the prompt was learned without a BOS token: tokenize text with add_special_tokens=False"
 
 
 @torch.no_grad()
@@ -22,32 +25,62 @@ def export_peft(
     therefore takes the BOS token's embedding along as its first row, and text is given without one.
     Source: PEFT 0.21, peft/tuners/prompt_tuning.
     """
-    config = model.config
-    if config.is_encoder_decoder:
-        raise UnsupportedModelError(f"{config.model_type} is an encoder-decoder: prompts are for decoders")
     rows = prompt.embeddings
     if bos_id is not None:
         embed = decoder_embedding(model)
         bos_row = embed(torch.tensor([bos_id], device=embed.weight.device)).float().cpu()
         rows = torch.cat([bos_row, rows])
-    text_config = config.get_text_config()
-    write_json(
-        folder / "adapter_config.json",
+    text_config = model.config.get_text_config()
+    _write(
+        folder,
+        model,
+        rows,
         {
             "peft_type": "PROMPT_TUNING",
-            "task_type": "CAUSAL_LM",
             "base_model_name_or_path": base_name,
-            "num_virtual_tokens": rows.shape[0],
             "token_dim": rows.shape[1],
-            "num_layers": text_config.num_hidden_layers,
             "num_attention_heads": text_config.num_attention_heads,
-            "num_transformer_submodules": 1,
             "prompt_tuning_init": "RANDOM",
-            "inference_mode": True,
         },
     )
-    with whole_file(folder / "adapter_model.safetensors") as beside:
-        save_file({"prompt_embeddings": rows.contiguous()}, beside, metadata={"format": "pt"})
     if bos_id is not None:
         return ("the BOS token is the adapter's first row: tokenize text with add_special_tokens=False",)
-    return ("the prompt was learned without a BOS token: tokenize text with add_special_tokens=False",)
+    return (_NO_BOS,)
+
+
+def export_peft_prefix(prefix: KvPrefix, folder: Path, *, model: PreTrainedModel, base_name: str) -> tuple[str, ...]:
+    """As `export_peft`, for an adapter of prefix tuning: rows (P, layers x 2 x heads x head width).
+
+    Source: PEFT 0.21, peft/peft_model.py, get_prompt.
+    """
+    _, _, heads, tokens, width = prefix.key_values.shape
+    rows = prefix.key_values.permute(3, 0, 1, 2, 4).reshape(tokens, -1)
+    _write(
+        folder,
+        model,
+        rows,
+        {
+            "peft_type": "PREFIX_TUNING",
+            "base_model_name_or_path": base_name,
+            "token_dim": heads * width,
+            "num_attention_heads": heads,
+            "prefix_projection": False,
+        },
+    )
+    return (_NO_BOS,)
+
+
+def _write(folder: Path, model: PreTrainedModel, rows: torch.Tensor, facts: dict[str, Any]) -> None:
+    config = model.config
+    if config.is_encoder_decoder:
+        raise UnsupportedModelError(f"{config.model_type} is an encoder-decoder: prompts are for decoders")
+    common = {
+        "task_type": "CAUSAL_LM",
+        "num_virtual_tokens": rows.shape[0],
+        "num_layers": config.get_text_config().num_hidden_layers,
+        "num_transformer_submodules": 1,
+        "inference_mode": True,
+    }
+    write_json(folder / "adapter_config.json", facts | common)
+    with whole_file(folder / "adapter_model.safetensors") as beside:
+        save_file({"prompt_embeddings": rows.contiguous()}, beside, metadata={"format": "pt"})

@@ -7,12 +7,14 @@ Only embedding table, output head and tokenizer are written; a file whose tensor
 
 import copy
 import json
-from collections.abc import Iterable
+import shutil
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 from torch.func import functional_call
@@ -36,6 +38,9 @@ from ctp_cli.prompts.rejection import RejectionRow, find_rejection_row, output_h
 from ctp_cli.prompts.vocab import StitchedTokenizer, check_saved_tokenizer, extend_tokenizer, save_tokenizer
 
 _COPIED = ("quantize_config.json", "LICENSE*", "NOTICE*")
+ORIGINAL = "original"
+"""Folder inside a stitched checkpoint with the base's files as they were, weights apart."""
+_ORIGINALS = ("*.json", "*.jinja", "*.model", "*.txt")
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,8 @@ class StitchedCheckpoint:
     text_positions: int | None
     """Positions that the prompt [and BOS] leaves for text, None if the model sets no limit."""
     notes: tuple[str, ...]
+    base_rows: dict[str, int | None]
+    """Rows that each changed tensor had in the base, None for one that was not there."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +103,8 @@ def stitch_vocabulary(
     save_tokenizer(extended, folder, model_max_length=positions)
     check_saved_tokenizer(extended, tokenizer, folder)
     progress.say("writing embedding table and head")
-    linked, written = _write_weights(base, folder, tensors)
+    linked, written = write_tables(base, folder, tensors)
+    _keep_originals(base, folder / ORIGINAL)
     for pattern in _COPIED:
         for path in base.glob(pattern):
             shards.link_or_copy(path, folder / path.name)
@@ -109,7 +117,46 @@ def stitch_vocabulary(
         written_bytes=written,
         text_positions=None if positions is None else positions - len(extended.head_ids),
         notes=(*extended.notes, *_notes(model, tensors[stored.head], extended)),
+        base_rows=_base_rows(model, tensors, base),
     )
+
+
+def unstitch_vocabulary(stitched: Path, folder: Path, base_rows: dict[str, int | None]) -> tuple[int, int]:
+    """Write into the empty `folder` the checkpoint that `stitched` was made from. Returns the bytes linked and written.
+
+    `base_rows` is what `stitch_vocabulary` said. Raises InputError where the checkpoint is not as that left it.
+    """
+    files = weight_files(stitched)
+    tensors = {}
+    for name, rows in base_rows.items():
+        if name not in files or not (rows is None or rows > 0):
+            raise InputError(f"{stitched}: holds no tensor {name} to cut back", hint="is the checkpoint complete?")
+        if rows is not None:
+            with safe_open(files[name], "pt") as handle:
+                part = handle.get_slice(name)
+                if part.get_shape()[0] < rows:
+                    raise InputError(f"{stitched}: {name} has fewer rows than its base had", hint="stitch again")
+                tensors[name] = part[:rows]
+    for path in (stitched / ORIGINAL).iterdir():
+        if path.name != "ctp.json":  # that of the base; the new checkpoint gets one of its own
+            shutil.copyfile(path, folder / path.name)
+    for pattern in _COPIED:
+        for path in stitched.glob(pattern):
+            if not (folder / path.name).exists():
+                shards.link_or_copy(path, folder / path.name)
+    return write_tables(stitched, folder, tensors, dropped=base_rows.keys())
+
+
+def _keep_originals(base: Path, folder: Path) -> None:
+    folder.mkdir()
+    for path in {path for pattern in _ORIGINALS for path in base.glob(pattern)}:
+        if not path.name.endswith(".index.json"):
+            shutil.copyfile(path, folder / path.name)  # no link: whoever edits the base's would edit these
+
+
+def _base_rows(model: PreTrainedModel, tensors: dict[str, torch.Tensor], base: Path) -> dict[str, int | None]:
+    rows, held = decoder_embedding(model).weight.shape[0], weight_files(base)
+    return {name: rows if name in held else None for name in tensors}
 
 
 def table_names(config: PretrainedConfig) -> tuple[TableNames, TableNames]:
@@ -272,8 +319,10 @@ def _write_generation_config(base: Path, model: PreTrainedModel, token_ids: Iter
     write_json(folder / "generation_config.json", content)
 
 
-def _write_weights(base: Path, folder: Path, tensors: dict[str, torch.Tensor]) -> tuple[int, int]:
-    """Link every file without changed tensors, copy the rest of the others, write the new ones. Returns the
+def write_tables(
+    base: Path, folder: Path, tensors: dict[str, torch.Tensor], dropped: Collection[str] = ()
+) -> tuple[int, int]:
+    """Link every file without changed or dropped tensors, copy the rest of the others, write the new ones. Returns the
     bytes linked and written.
 
     An index over old files would not do: transformers reads every tensor of every file it names.
@@ -284,7 +333,7 @@ def _write_weights(base: Path, folder: Path, tensors: dict[str, torch.Tensor]) -
     index_name = "model.safetensors.index.json" if index is None else index.name
     for source in sorted(set(weight_files(base).values())):
         held = set(shards.read_header(source).tensors)
-        kept = held - tensors.keys()
+        kept = held - tensors.keys() - set(dropped)
         if not kept:
             continue
         # a file called model.safetensors would be read instead of the index
@@ -294,7 +343,7 @@ def _write_weights(base: Path, folder: Path, tensors: dict[str, torch.Tensor]) -
         elif kept == held:
             written += source.stat().st_size
         else:
-            written += shards.copy_without(source, folder / name, tensors.keys())
+            written += shards.copy_without(source, folder / name, held - kept)
         weight_map |= dict.fromkeys(kept, name)
         total += shards.read_header(folder / name).tensor_bytes
     vocabulary = folder / f"{index_name.partition('.')[0]}-vocabulary.safetensors"

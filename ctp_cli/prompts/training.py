@@ -1,28 +1,36 @@
-"""Learn a soft prompt by maximum likelihood on a frozen model (Compress, Then Prompt, Eq. 1).
+"""Learn a prompt by maximum likelihood on frozen models (Compress, Then Prompt, Eq. 1).
 
-B=batch T=tokens P=prompt tokens D=embedding width
+B=batch T=tokens P=prompt tokens D=embedding width L=layers H=key-value heads C=head width
 """
 
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from ctp_kernels.prefix import cache_with
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
 
+from ctp_cli.errors import InputError
 from ctp_cli.files import whole_file
-from ctp_cli.models.head import Scorer
+from ctp_cli.models.head import Scorer, SoftTargets
 from ctp_cli.progress import SILENT, Progress
+from ctp_cli.prompts.prefix import kv_template, rows_prefix
+from ctp_cli.prompts.teacher import Teacher
 
 _TIMED_STEPS = 3
+_SEARCH_STEPS = 20
+Received = TypeVar("Received")
 
 
 @dataclass(frozen=True)
@@ -32,7 +40,8 @@ class LearningSettings:
     steps: int | None
     max_seconds: float | None
     batch_size: int
-    learning_rate: float
+    learning_rates: tuple[float, ...]
+    """Of several the one counts that has the best prompt after a short run with each."""
     warmup_share: float
     gradient_clip: float
     weight_decay: float
@@ -45,10 +54,12 @@ class LearningSettings:
 class Progressing:
     """Everything the rest of the run depends on, so that it can stop anywhere and go on to the same bits."""
 
-    prompt_PD: Tensor
-    best_PD: Tensor
+    prompt: Tensor
+    """The parameter as learned now, and as it was at its best."""
+    best: Tensor
     step: int = 0
     planned_steps: int = 0
+    learning_rate: float = 0.0
     best_step: int = 0
     best_perplexity: float = math.inf
     stale_validations: int = 0
@@ -61,8 +72,8 @@ class Progressing:
     def save(self, path: Path) -> None:
         """One file, whole or absent: tensors in the body, numbers in the header."""
         tensors = {
-            "prompt": self.prompt_PD,
-            "best": self.best_PD,
+            "prompt": self.prompt,
+            "best": self.best,
             **{f"adamw.{k}": v for k, v in self.moments.items()},
         }
         numbers = {
@@ -108,87 +119,159 @@ def batch_at(ids_T: Tensor, seqlen: int, *, step: int, batch_size: int, seed: in
     return torch.stack(rows)
 
 
-def learning_rate_at(step: int, planned: int, settings: LearningSettings) -> float:
+def learning_rate_at(step: int, planned: int, *, peak: float, warmup_share: float) -> float:
     """Linear rise over the warm-up, then linear fall to zero at the end."""
-    warmup = max(1, round(settings.warmup_share * planned))
+    warmup = max(1, round(warmup_share * planned))
     if step < warmup:
-        return settings.learning_rate * (step + 1) / warmup
-    return settings.learning_rate * (planned - step) / max(1, planned - warmup)
+        return peak * (step + 1) / warmup
+    return peak * (planned - step) / max(1, planned - warmup)
 
 
 class PromptedLoss(nn.Module):
-    """Mean loss of text behind a learned prompt. The prompt is its only parameter; the model is frozen."""
+    """Mean loss of text behind a learned prompt, on one of several frozen models. `prompt` is its only parameter."""
 
-    def __init__(self, model: PreTrainedModel, prompt_PD: Tensor) -> None:
+    def __init__(self, models: Sequence[PreTrainedModel], start: Tensor) -> None:
         super().__init__()
-        self.prompt_PD = nn.Parameter(prompt_PD.clone())
+        self.prompt = nn.Parameter(start.to(models[0].device, copy=True))
         # held outside of nn.Module's registry: its parameters are neither prepared, synchronized nor saved with ours
-        self._frozen = (model, Scorer(model))
+        self._frozen = tuple((model, Scorer(model)) for model in models)
 
-    def forward(self, ids_BT: Tensor) -> Tensor:
-        model, scorer = self._frozen
+    @property
+    def models(self) -> int:
+        """How many there are."""
+        return len(self._frozen)
+
+    def forward(self, ids_BT: Tensor, which: int, soft: SoftTargets | None) -> Tensor:
+        """Mean loss of ids_BT on the model number `which`, against its labels or these targets."""
+        raise NotImplementedError
+
+    def learned(self, parameter: Tensor) -> Tensor:
+        """What a value of the parameter stands for: that which is saved."""
+        raise NotImplementedError
+
+    def prefix(self, which: int) -> Cache:
+        """Keys and values of the prompt as it is now, on the model number `which`, batch size 1, without gradients."""
+        raise NotImplementedError
+
+
+class SoftPromptLoss(PromptedLoss):
+    """The prompt is rows (P, D) float32 among the input embeddings."""
+
+    def forward(self, ids_BT: Tensor, which: int, soft: SoftTargets | None) -> Tensor:
+        model, scorer = self._frozen[which]
         text_BTD = model.get_input_embeddings()(ids_BT)
-        prompt_BPD = self.prompt_PD.to(text_BTD.dtype)[None].expand(ids_BT.shape[0], -1, -1)
+        prompt_BPD = self.prompt.to(text_BTD.dtype)[None].expand(ids_BT.shape[0], -1, -1)
         inputs_embeds = torch.cat([prompt_BPD, text_BTD], dim=1)
-        return scorer.nll(ids_BT, skip=self.prompt_PD.shape[0], inputs_embeds=inputs_embeds).mean()
+        return scorer.nll(ids_BT, skip=self.prompt.shape[0], soft=soft, inputs_embeds=inputs_embeds).mean()
+
+    def learned(self, parameter: Tensor) -> Tensor:
+        return parameter.float()
+
+    @torch.no_grad()
+    def prefix(self, which: int) -> Cache:
+        return rows_prefix(self.prompt.detach(), self._frozen[which][0])
+
+
+class KvPrefixLoss(PromptedLoss):
+    """The prompt is every layer's keys and values (L, 2, H, P, C) float32 (prefix tuning, Li and Liang 2021).
+
+    The parameter is in units of their standard deviation at the start, layer by layer, keys and values apart: these
+    differ a thousandfold, and AdamW moves all parameters alike.
+    """
+
+    def __init__(self, models: Sequence[PreTrainedModel], start: Tensor) -> None:
+        self.unit_L2111 = start.std(dim=(2, 3, 4), keepdim=True).clamp(min=1e-6).to(models[0].device)
+        super().__init__(models, start.to(models[0].device) / self.unit_L2111)
+        self._templates = [kv_template(start.shape[3], model) for model in models]
+
+    def forward(self, ids_BT: Tensor, which: int, soft: SoftTargets | None) -> Tensor:
+        scorer = self._frozen[which][1]
+        prefix = self._cache(which, ids_BT.shape[0])
+        return scorer.nll(ids_BT, prefix=prefix, soft=soft, input_ids=ids_BT).mean()
+
+    def learned(self, parameter: Tensor) -> Tensor:
+        return parameter.float() * self.unit_L2111.to(parameter.device)
+
+    @torch.no_grad()
+    def prefix(self, which: int) -> Cache:
+        return self._cache(which, 1)
+
+    def _cache(self, which: int, batch: int) -> Cache:
+        dtype = self._frozen[which][0].dtype
+        return cache_with(self._templates[which], self.learned(self.prompt).to(dtype), batch)
+
+
+def from_main(value: Received) -> Received:
+    """The main process's value, in every process; where there is one process, the value itself."""
+    box = [value]
+    broadcast_object_list(box)
+    return box[0]
 
 
 def learn(
-    model: PreTrainedModel,
+    module: PromptedLoss,
     ids_T: Tensor,
-    start_PD: Tensor,
     *,
     seqlen: int,
     settings: LearningSettings,
-    validate: Callable[[Tensor], float],
+    validate: Callable[[], float],
     accelerator: Accelerator,
     state_path: Path,
+    teacher: Teacher | None = None,
     progress: Progress = SILENT,
 ) -> Progressing:
     """The prompt with the lowest validation perplexity on the way, and the way itself.
 
-    Shapes: ids_T (T,) training text; start_PD (P, D) float32. `validate` maps a prompt to a perplexity on selection
-    text. The state is saved at `state_path` at every validation; where it exists, learning goes on from it to the same
-    bits as without the interruption. A time limit becomes a number of steps once, near the start, and is then part of
-    the state.
+    `ids_T` is the training text; `validate` gives the module's perplexity on selection text; where the module has
+    several models, they take turns step by step. The state is saved at `state_path` at every validation; where it
+    exists, learning goes on from it to the same bits as without the interruption. A time limit becomes a number of
+    steps once, near the start, and is then part of the state. Several processes share every batch.
     """
-    resumed = state_path.exists()
-    state = Progressing.load(state_path) if resumed else Progressing(start_PD.clone(), start_PD.clone())
+    resumed = from_main(state_path.exists())
+    start = module.prompt.detach().cpu()
+    state = Progressing.load(state_path) if resumed else Progressing(start.clone(), start.clone())
     if not resumed:
         started = time.perf_counter()
-        state.best_perplexity = validate(state.prompt_PD)
+        state.best_perplexity = validate()
         validation_seconds = time.perf_counter() - started
         state.history.append((0, state.best_perplexity))
-        progress.say(f"step 0: validation perplexity {state.best_perplexity:.3f} (random token embeddings)")
-    loop = _Loop(model, state, ids_T, seqlen, settings, accelerator)
+        progress.say(f"step 0: validation perplexity {state.best_perplexity:.3f} (the start)")
+    loop = _Loop(module, state, ids_T, seqlen, settings, accelerator, teacher)
     if not resumed:
-        fitting = (
-            None if settings.max_seconds is None else loop.steps_that_fit(settings.max_seconds, validation_seconds)
-        )
+        started = time.perf_counter()
+        state.learning_rate = loop.best_rate(validate, progress)
+        left = None if settings.max_seconds is None else settings.max_seconds - (time.perf_counter() - started)
+        fitting = None if left is None else loop.steps_that_fit(left, validation_seconds)
         state.planned_steps = min(steps for steps in (settings.steps, fitting) if steps is not None)
         if accelerator.is_main_process:
             state.save(state_path)
+    if teacher is not None:
+        if accelerator.is_main_process:
+            teacher.prepare(loop.batch, state.planned_steps, progress)
+        accelerator.wait_for_everyone()
     progress.start("learn", state.planned_steps)
     progress.advance(state.step)
     while state.step < state.planned_steps and state.stale_validations < settings.patience:
         loss = loop.step()
+        accelerator.log({"loss": loss, "tokens_per_second": loop.tokens_per_second()}, step=state.step)
         progress.advance(note=loop.note(loss))
         if state.step % settings.validate_every == 0 or state.step == state.planned_steps:
             _validate(loop, validate, progress)
+            accelerator.log({"validation_perplexity": state.history[-1][1]}, step=state.step)
             if accelerator.is_main_process:
                 state.save(state_path)
     progress.finish()
     return state
 
 
-def _validate(loop: "_Loop", validate: Callable[[Tensor], float], progress: Progress) -> None:
+def _validate(loop: "_Loop", validate: Callable[[], float], progress: Progress) -> None:
     state = loop.state
     loop.capture()
-    value = validate(state.prompt_PD)
+    value = validate()
     state.history.append((state.step, value))
     if value < state.best_perplexity:
         state.best_perplexity, state.best_step, state.stale_validations = value, state.step, 0
-        state.best_PD = state.prompt_PD.clone()
+        state.best = state.prompt.clone()
     else:
         state.stale_validations += 1
     better = " (best)" if state.best_step == state.step else ""
@@ -202,66 +285,92 @@ class _Loop:
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        module: PromptedLoss,
         state: Progressing,
         ids_T: Tensor,
         seqlen: int,
         settings: LearningSettings,
         accelerator: Accelerator,
+        teacher: Teacher | None,
     ) -> None:
         self.state, self.ids_T, self.seqlen = state, ids_T, seqlen
-        self.settings, self.accelerator = settings, accelerator
-        self._build(model)
-        self._model = model
+        self.settings, self.accelerator, self.teacher = settings, accelerator, teacher
+        self.prompt, self._models = module.prompt, module.models
+        self.module = self.accelerator.prepare(module)
+        self._start_from_state()
         self._step_seconds: list[float] = []
 
-    def _build(self, model: PreTrainedModel) -> None:
-        module = PromptedLoss(model, self.state.prompt_PD.to(self.accelerator.device))
+    def _start_from_state(self) -> None:
+        with torch.no_grad():
+            self.prompt.copy_(self.state.prompt)
         optimizer = torch.optim.AdamW(
-            module.parameters(), lr=self.settings.learning_rate, weight_decay=self.settings.weight_decay
+            [self.prompt], lr=self.settings.learning_rates[0], weight_decay=self.settings.weight_decay
         )
         if self.state.moments:
-            device = module.prompt_PD.device
-            optimizer.state[module.prompt_PD] = {
-                name: tensor.clone() if name == "step" else tensor.clone().to(device)
+            optimizer.state[self.prompt] = {
+                name: tensor.clone() if name == "step" else tensor.clone().to(self.prompt.device)
                 for name, tensor in self.state.moments.items()
             }
-        self.prompt_PD, self._raw_optimizer = module.prompt_PD, optimizer
-        self.module, self.optimizer = self.accelerator.prepare(module, optimizer)
+        self._raw_optimizer, self.optimizer = optimizer, self.accelerator.prepare(optimizer)
+
+    def batch(self, step: int) -> Tensor:
+        """The batch (B, T) that all processes share."""
+        settings = self.settings
+        return batch_at(self.ids_T, self.seqlen, step=step, batch_size=settings.batch_size, seed=settings.seed)
 
     def step(self) -> float:
         started = time.perf_counter()
-        loss = self._update(self.state.step, self.state.planned_steps)
+        asked = {} if self.teacher is None else self.teacher.at(self.state.step)
+        loss = self._update(self.state.step, self.state.planned_steps, self.state.learning_rate, asked)
         self.state.step += 1
         elapsed = time.perf_counter() - started
         self.state.seconds += elapsed
         self._step_seconds = [*self._step_seconds[-19:], elapsed]
         return loss
 
-    def _update(self, step: int, planned: int) -> float:
-        ids_BT = batch_at(
-            self.ids_T, self.seqlen, step=step, batch_size=self.settings.batch_size, seed=self.settings.seed
-        )
-        with self.accelerator.split_between_processes(ids_BT) as part_BT, self.accelerator.autocast():
-            loss = self.module(part_BT.to(self.accelerator.device))
+    def _update(self, step: int, planned: int, peak: float, asked: Mapping[str, Tensor]) -> float:
+        device = self.accelerator.device
+        whole = {"ids": self.batch(step), **asked}
+        with self.accelerator.split_between_processes(whole) as part, self.accelerator.autocast():
+            ids_BT, *of_teacher = (tensor.to(device) for tensor in part.values())
+            soft = None
+            if self.teacher is not None and of_teacher:
+                tokens_BTK, probabilities_BTK = of_teacher
+                soft = SoftTargets(tokens_BTK, probabilities_BTK, self.teacher.share)
+            loss = self.module(ids_BT, step % self._models, soft)
         self.accelerator.backward(loss)
-        self.accelerator.clip_grad_norm_([self.prompt_PD], self.settings.gradient_clip)
+        self.accelerator.clip_grad_norm_([self.prompt], self.settings.gradient_clip)
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate_at(step, planned, self.settings)
+            group["lr"] = learning_rate_at(step, planned, peak=peak, warmup_share=self.settings.warmup_share)
         self.optimizer.step()
         self.optimizer.zero_grad()
         return loss.item()
+
+    def best_rate(self, validate: Callable[[], float], progress: Progress) -> float:
+        """The rate whose prompt is best after a short run from the start; what was learned is undone."""
+        rates = self.settings.learning_rates
+        if len(rates) == 1:
+            return rates[0]
+        found = {}
+        for rate in rates:
+            for step in range(_SEARCH_STEPS):
+                self._update(step, _SEARCH_STEPS, rate, {})
+            try:
+                found[rate] = validate()
+            except InputError:  # it blew up
+                found[rate] = math.inf
+            progress.say(f"learning rate {rate:g}: validation perplexity {found[rate]:.3f} after {_SEARCH_STEPS} steps")
+            self._start_from_state()
+        return min(found, key=lambda rate: found[rate])
 
     def steps_that_fit(self, max_seconds: float, validation_seconds: float) -> int:
         """Time a few steps, then undo them. Every process must come to the same number, so the slowest one decides."""
         timings = []
         for step in range(_TIMED_STEPS):
             started = time.perf_counter()
-            self._update(step, 10 * _TIMED_STEPS)
+            self._update(step, 10 * _TIMED_STEPS, self.state.learning_rate, {})
             timings.append(time.perf_counter() - started)
-        with torch.no_grad():
-            self.prompt_PD.copy_(self.state.prompt_PD)
-        self._build(self._model)
+        self._start_from_state()
         per_step = sorted(timings)[_TIMED_STEPS // 2] + validation_seconds / self.settings.validate_every
         fitting = torch.tensor([max_seconds / per_step], device=self.accelerator.device)
         fewest = float(self.accelerator.gather(fitting).min())
@@ -269,8 +378,8 @@ class _Loop:
 
     def capture(self) -> None:
         """Copy the parameter and its moments into the state."""
-        self.state.prompt_PD = self.prompt_PD.detach().cpu().clone()
-        moments: dict[str, Any] = self._raw_optimizer.state[self.prompt_PD]
+        self.state.prompt = self.prompt.detach().cpu().clone()
+        moments: dict[str, Any] = self._raw_optimizer.state[self.prompt]
         self.state.moments = {name: torch.as_tensor(value).detach().cpu().clone() for name, value in moments.items()}
 
     def tokens_per_second(self) -> float:

@@ -23,7 +23,7 @@ from ctp_cli.files import write_json
 from ctp_cli.models.devices import resolve_device
 from ctp_cli.models.loading import decoder_embedding, load_model, weight_files
 from ctp_cli.progress import SILENT, Progress
-from ctp_cli.prompts.file import PROMPT_FILE, Prompt, load_prompt
+from ctp_cli.prompts.file import PROMPT_FILE, Prompt, load_soft_prompt
 from ctp_cli.recipe import BenchSection
 
 KIND = "benchmark"
@@ -60,7 +60,8 @@ def bench(
     where = resolve_device(device)
     if prompt_path and prompt_path.is_dir():
         prompt_path = prompt_path / PROMPT_FILE
-    given = load_prompt(prompt_path) if prompt_path else None
+    why = "and bench times prompts of many lengths, which it cuts from rows"
+    given = load_soft_prompt(prompt_path, why=why) if prompt_path else None
     inputs = {"model": _input(model_path), "prompt": _input(prompt_path) if prompt_path else None}
     identity = {"bench": section.model_dump(), "device": where, "inputs": inputs}
     with artifact.workspace(output, kind=KIND, identity=identity, force=force) as work:

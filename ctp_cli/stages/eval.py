@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cache_utils import Cache
 
 from ctp_cli.artifact import Workspace, file_fingerprint, folder_fingerprint, manifest_of, refuse_existing, workspace
 from ctp_cli.data.sources import Text, load_text
@@ -21,7 +22,8 @@ from ctp_cli.files import write_json
 from ctp_cli.models.loading import decoder_embedding, load_model, load_tokenizer
 from ctp_cli.models.resolve import ResolvedModel
 from ctp_cli.progress import SILENT, Progress
-from ctp_cli.prompts.file import PROMPT_FILE, Prompt, check_fits, load_prompt
+from ctp_cli.prompts.file import PROMPT_FILE, AnyPrompt, check_fits, load_prompt
+from ctp_cli.prompts.prefix import prefix_of, rows_prefix
 from ctp_cli.prompts.vocab import token_names
 from ctp_cli.recipe import EvalSection
 from ctp_cli.stages.compress import default_text
@@ -110,14 +112,14 @@ def check_gate(section: EvalSection, report: EvalReport) -> None:
         raise GateFailedError(f"perplexity above max_ppl {section.max_ppl:g}: {lines}")
 
 
-def _load_prompt(target: Target) -> Prompt | None:
+def _load_prompt(target: Target) -> AnyPrompt | None:
     if target.prompt is None:
         return None
     prompt = load_prompt(target.prompt)
-    if prompt.metadata.kind != "soft-prompt" or prompt.metadata.layout != "prompt-text":
+    if prompt.metadata.layout != "prompt-text":
         raise InputError(
-            f"{target.prompt}: a {prompt.metadata.kind} of layout {prompt.metadata.layout} cannot be evaluated yet",
-            hint="evaluate soft prompts that stand directly before the text",
+            f"{target.prompt}: a prompt of layout {prompt.metadata.layout} cannot be evaluated yet",
+            hint="evaluate prompts that stand directly before the text",
         )
     return prompt
 
@@ -136,7 +138,7 @@ def _windows(section: EvalSection, target: Target, texts: Sequence[Text]) -> dic
 def _measure(
     section: EvalSection,
     targets: Sequence[Target],
-    prompts: dict[str, Prompt | None],
+    prompts: dict[str, AnyPrompt | None],
     tokens: dict[str, dict[str, Tensor]],
     device: str,
     progress: Progress,
@@ -146,34 +148,34 @@ def _measure(
         network = load_model(path, device=device)
         on_it = [target for target in targets if target.model.path == path]
         # all prompts are checked before the first figure is computed
-        rows = {target.label: _prompt_rows(target, prompts[target.label], network) for target in on_it}
+        prefixes = {target.label: _prefix(target, prompts[target.label], network) for target in on_it}
         for target in on_it:
             for label, windows_NT in tokens[target.label].items():
                 results[target.label, label] = perplexity(
                     network,
                     windows_NT,
-                    prompt_PD=rows[target.label],
+                    prefix=prefixes[target.label],
                     batch_size=section.batch_size,
                     progress=progress,
                 )
                 value = results[target.label, label].value()
                 progress.say(f"{target.label}: perplexity {value:.3f} on {label}")
-        del network, rows  # let go of one model before the next one is read
+        del network, prefixes  # let go of one model before the next one is read
     return results
 
 
-def _prompt_rows(target: Target, prompt: Prompt | None, network: PreTrainedModel) -> Tensor | None:
-    """The rows that stand before every window: a given prompt's, or those stitched into the checkpoint."""
+def _prefix(target: Target, prompt: AnyPrompt | None, network: PreTrainedModel) -> Cache | None:
+    """What stands before every window: a given prompt, or that which is stitched into the checkpoint."""
     tokenizer = load_tokenizer(target.model.path)
     stitched = _stitched_rows(network, tokenizer)
     if prompt is None:
-        return stitched
+        return None if stitched is None else rows_prefix(stitched, network)
     if stitched is not None:
         raise InputError(f"{target.model.path} already carries a prompt", hint="evaluate it without --prompt")
     table = decoder_embedding(network).weight
     for line in check_fits(prompt, tokenizer=tokenizer, embedding=table, model=str(target.model.path)):
         log.warning("%s", line)
-    return prompt.embeddings
+    return prefix_of(prompt, network, name=str(target.model.path))
 
 
 def _stitched_rows(network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Tensor | None:
@@ -186,7 +188,7 @@ def _stitched_rows(network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
     return rows
 
 
-def _overlaps(prompts: dict[str, Prompt | None], texts: Sequence[Text]) -> tuple[str, ...]:
+def _overlaps(prompts: dict[str, AnyPrompt | None], texts: Sequence[Text]) -> tuple[str, ...]:
     """A figure on text that made or chose the prompt is not a result; say so."""
     warnings = []
     for label, prompt in prompts.items():
@@ -198,7 +200,7 @@ def _overlaps(prompts: dict[str, Prompt | None], texts: Sequence[Text]) -> tuple
     return tuple(warnings)
 
 
-def _data_of(prompt: Prompt | None) -> dict[str, Any]:
+def _data_of(prompt: AnyPrompt | None) -> dict[str, Any]:
     """What the prompt says of its texts; other tools may have written anything there."""
     try:
         data = json.loads(prompt.metadata.data or "{}") if prompt is not None else {}

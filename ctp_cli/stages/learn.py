@@ -1,33 +1,53 @@
-"""Learn a prompt on a checkpoint and save it with everything it came from."""
+"""Learn a prompt on one or several checkpoints and save it with everything it came from."""
 
+import contextlib
 import json
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import LoggerType, ProjectConfiguration
+from ctp_kernels.prefix import key_values_of
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ctp_cli.artifact import folder_fingerprint, manifest_of, refuse_existing, workspace
+from ctp_cli.artifact import folder_fingerprint, manifest_of, refuse_existing, unfinished, workspace
 from ctp_cli.benchmark.figures import learning_figure
 from ctp_cli.data.sources import Text, known_names, load_text
 from ctp_cli.data.windows import token_ids, windows
 from ctp_cli.errors import InputError, RecipeError
 from ctp_cli.evaluation.perplexity import perplexity
+from ctp_cli.models.head import Scorer
 from ctp_cli.models.loading import decoder_embedding, load_model, load_tokenizer
 from ctp_cli.models.resolve import ResolvedModel
 from ctp_cli.progress import SILENT, Progress
 from ctp_cli.prompts.file import (
     PROMPT_FILE,
+    AnyPrompt,
+    KvPrefix,
     Prompt,
     PromptMetadata,
+    check_fits,
     fingerprint_embedding,
     fingerprint_tokenizer,
+    load_prompt,
     save_prompt,
 )
-from ctp_cli.prompts.training import LearningSettings, Progressing, learn, random_rows
+from ctp_cli.prompts.prefix import prefix_of, rows_prefix
+from ctp_cli.prompts.teacher import FILES, Teacher
+from ctp_cli.prompts.training import (
+    KvPrefixLoss,
+    LearningSettings,
+    Progressing,
+    SoftPromptLoss,
+    learn,
+    random_rows,
+)
 from ctp_cli.recipe import LearnSection
 from ctp_cli.stages.compress import default_text
 
@@ -35,11 +55,14 @@ KIND = "prompt"
 _STATE = "state.safetensors"
 _HELD_OUT = 0.1
 _DEFAULT_SECONDS = 1800.0
+_LEARNING_RATES = {"soft-prompt": 1e-2, "kv-prefix": 3e-2}
+_TEXT = "text:"
 
 
 @dataclass(frozen=True)
 class LearnReport:
-    """The prompt file and how validation perplexity went, from the random start to the best."""
+    """The prompt file and how validation perplexity went, from the start to the best; over several checkpoints it is
+    their geometric mean."""
 
     path: Path
     prompt_file: Path
@@ -55,14 +78,22 @@ class LearnReport:
 def learn_prompt(
     section: LearnSection,
     *,
-    model: ResolvedModel,
+    models: Sequence[ResolvedModel],
     output: Path,
+    teacher: ResolvedModel | None = None,
     device: str = "cpu",
     force: bool = False,
     progress: Progress = SILENT,
 ) -> LearnReport:
-    """Raises CtpError kinds for what the user can mend; unfinished work is kept and gone on from."""
-    refuse_existing(output, force=force, reads=model.path)
+    """Several `models` are compressions of one model, and the prompt is learned for all of them.
+
+    `teacher` is the model that `section.teacher` names.
+
+    Raises CtpError kinds for what the user can mend; unfinished work is kept and gone on from.
+    """
+    model = models[0]
+    for one in models:
+        refuse_existing(output, force=force, reads=one.path)
     if section.mixed_precision == "fp16" and device == "cpu":
         raise RecipeError("learn.mixed_precision: fp16 needs a GPU", hint="use bf16 or no on a CPU")
     tokenizer = load_tokenizer(model.path)
@@ -77,42 +108,76 @@ def learn_prompt(
         at_least=2,
     )
     identity = {
-        "model": {"name": model.name, "sha256": folder_fingerprint(model.path)},
-        "learn": section.model_dump(exclude={"text", "validation"}),
+        "models": [{"name": one.name, "sha256": folder_fingerprint(one.path)} for one in models],
+        "teacher": None if teacher is None else folder_fingerprint(teacher.path),
+        "learn": section.model_dump(exclude={"text", "validation", "tracker"}),
         "text": {"source": text.source, "sha256": text.sha256},
         "validation": {"source": validation.source, "sha256": validation.sha256},
     }
-    accelerator = Accelerator(cpu=device == "cpu", mixed_precision=section.mixed_precision)
-    if accelerator.num_processes > 1:
-        raise RecipeError("learn works in one process so far", hint="start it without accelerate launch")
-    network = load_model(model.path, device=device)
-    with workspace(output, kind=KIND, identity=identity, force=force) as space:
-        if space.resumed and (space.path / _STATE).exists():
+    accelerator = _accelerator(section, device, output)
+    if section.batch_size % accelerator.num_processes:
+        raise RecipeError(
+            f"learn.batch_size: {section.batch_size} sequences cannot be shared evenly by "
+            f"{accelerator.num_processes} processes",
+            hint="choose a multiple",
+        )
+    networks = [load_model(one.path, device=device) for one in models]
+    _refuse_strangers(models, networks, tokenizer)
+    if teacher is not None and fingerprint_tokenizer(load_tokenizer(teacher.path)) != fingerprint_tokenizer(tokenizer):
+        raise InputError(
+            f"{teacher.path} has another tokenizer than {model.path}", hint="a teacher reads the same tokens"
+        )
+    start = _start(section, networks[0], tokenizer, ids_T, model)
+    module = (SoftPromptLoss if section.method == "soft-prompt" else KvPrefixLoss)(networks, start)
+    main = accelerator.is_main_process
+    place = workspace(output, kind=KIND, identity=identity, force=force) if main else contextlib.nullcontext()
+    with place as space:
+        state_path = unfinished(output) / _STATE
+        accelerator.wait_for_everyone()
+        if space is not None and space.resumed and state_path.exists():
             progress.say(f"going on with the unfinished work in {space.path}")
 
-        def validate(prompt_PD: Tensor | None) -> float:
-            batch = section.batch_size
-            return perplexity(network, selection_NT, prompt_PD=prompt_PD, batch_size=batch).value()
+        def validate(*, prompted: bool = True) -> float:
+            values = [
+                perplexity(
+                    network,
+                    selection_NT,
+                    prefix=module.prefix(which) if prompted else None,
+                    batch_size=section.batch_size,
+                ).value()
+                for which, network in enumerate(networks)
+            ]
+            return math.exp(sum(map(math.log, values)) / len(values))
 
-        unprompted = validate(None)
+        accelerator.init_trackers("learn")
+        unprompted = validate(prompted=False)
         progress.say(f"validation perplexity without a prompt: {unprompted:.3f}")
         state = learn(
-            network,
+            module,
             ids_T,
-            _start(section, network, tokenizer),
             seqlen=section.seqlen,
             settings=_settings(section),
             validate=validate,
             accelerator=accelerator,
-            state_path=space.path / _STATE,
+            state_path=state_path,
+            teacher=None if teacher is None else _teacher(section, teacher, state_path.parent, device),
             progress=progress,
         )
-        _save(space.path, section, model, network, tokenizer, text, validation, state)
-        report = _report(space.output, state, unprompted)
+        accelerator.end_training()
+        report = _report(output, state, unprompted)
+        if space is None:
+            return report
+        prompt_type = Prompt if section.method == "soft-prompt" else KvPrefix
+        prompt = prompt_type(
+            module.learned(state.best), _metadata(section, models, networks[0], tokenizer, text, validation, state)
+        )
+        save_prompt(space.path / PROMPT_FILE, prompt)
+        names = ", ".join(one.name for one in models)
+        learning_figure(state.history, space.path / "learning.png", title=f"Learning a prompt on {names}")
         space.finish(
             {
                 "recipe": {
-                    "model": str(model.path),
+                    "models": [str(one.path) for one in models],
                     "learn": section.model_dump() | {"steps": state.planned_steps},
                 },
                 "inputs": identity,
@@ -125,11 +190,12 @@ def learn_prompt(
                     "best_step": state.best_step,
                     "steps": state.step,
                     "planned_steps": state.planned_steps,
+                    "learning_rate": state.learning_rate,
                     "learning_seconds": round(state.seconds, 1),
                     "history": state.history,
                 },
             },
-            scratch=(_STATE,),
+            scratch=(_STATE, FILES),
         )
     return report
 
@@ -159,7 +225,96 @@ def _whole(section: LearnSection, model: ResolvedModel) -> Text:
     return load_text(section.text or default_text(model), default_part="train")
 
 
-def _start(section: LearnSection, network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+def _accelerator(section: LearnSection, device: str, output: Path) -> Accelerator:
+    if section.tracker is not None:
+        known = [str(tracker) for tracker in LoggerType.list() if str(tracker) != "all"]
+        if section.tracker not in known:
+            raise RecipeError(f"learn.tracker: {section.tracker} is unknown", hint=f"use one of {', '.join(known)}")
+        if section.tracker not in [str(tracker) for tracker in get_available_trackers()]:
+            raise RecipeError(f"learn.tracker: {section.tracker} is not installed", hint="install it with pip")
+    logs = ProjectConfiguration(logging_dir=str(unfinished(output) / "logs"))
+    return Accelerator(
+        cpu=device == "cpu",
+        mixed_precision=section.mixed_precision,
+        log_with=section.tracker,
+        project_config=logs,
+    )
+
+
+def _teacher(section: LearnSection, model: ResolvedModel, folder: Path, device: str) -> Teacher:
+    return Teacher(
+        lambda: Scorer(load_model(model.path, device=device)), folder, section.teacher_share, section.teacher_tokens
+    )
+
+
+def _refuse_strangers(
+    models: Sequence[ResolvedModel], networks: Sequence[PreTrainedModel], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    expected = fingerprint_tokenizer(tokenizer), fingerprint_embedding(decoder_embedding(networks[0]).weight)
+    for model, network in zip(models[1:], networks[1:], strict=True):
+        found = (
+            fingerprint_tokenizer(load_tokenizer(model.path)),
+            fingerprint_embedding(decoder_embedding(network).weight),
+        )
+        if found != expected:
+            raise InputError(
+                f"{model.path} is no compression of the model that {models[0].path} comes from",
+                hint="one prompt is learned for compressions of one model",
+            )
+
+
+def _start(
+    section: LearnSection,
+    network: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    ids_T: Tensor,
+    model: ResolvedModel,
+) -> Tensor:
+    """What learning starts from: rows, or keys and values, float32."""
+    soft = section.method == "soft-prompt"
+    earlier = _earlier(section, network, tokenizer, model)
+    if isinstance(earlier, KvPrefix) and soft:
+        raise InputError(f"{section.init} is a kv-prefix, which has no rows", hint="use --method kv-prefix")
+    if isinstance(earlier, Prompt) and soft:
+        return earlier.embeddings
+    if earlier is not None:
+        return key_values_of(prefix_of(earlier, network, name=str(model.path))).float().cpu()
+    if section.init is not None:
+        words_T = _repeated(token_ids(_words(section.init), tokenizer), section.tokens)
+        rows_PD = decoder_embedding(network)(words_T.to(network.device)).detach().float()
+    elif soft:
+        return _random_start(section, network, tokenizer)
+    else:
+        rows_PD = decoder_embedding(network)(ids_T[: section.tokens].to(network.device)).detach().float()
+    return (rows_PD if soft else key_values_of(rows_prefix(rows_PD, network)).float()).cpu()
+
+
+def _earlier(
+    section: LearnSection, network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, model: ResolvedModel
+) -> AnyPrompt | None:
+    if section.init is None or section.init.startswith(_TEXT):
+        return None
+    prompt = load_prompt(Path(section.init))
+    check_fits(prompt, tokenizer=tokenizer, embedding=decoder_embedding(network).weight, model=str(model.path))
+    if prompt.num_virtual_tokens != section.tokens:
+        raise InputError(
+            f"{section.init} has {prompt.num_virtual_tokens} tokens, asked for are {section.tokens}",
+            hint=f"use --tokens {prompt.num_virtual_tokens}",
+        )
+    return prompt
+
+
+def _words(init: str) -> Text:
+    return Text("init", init, init.removeprefix(_TEXT))
+
+
+def _repeated(ids_T: Tensor, count: int) -> Tensor:
+    if not ids_T.numel():
+        raise InputError("learn.init: text: without words", hint="write text:SOME WORDS")
+    return ids_T.repeat(-(-count // ids_T.numel()))[:count]
+
+
+def _random_start(section: LearnSection, network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Tensor:
     special = set(tokenizer.all_special_ids)
     known = min(len(tokenizer), decoder_embedding(network).num_embeddings)
     usable = torch.tensor([i for i in range(known) if i not in special])
@@ -167,14 +322,21 @@ def _start(section: LearnSection, network: PreTrainedModel, tokenizer: PreTraine
     return random_rows(decoder_embedding(network), section.tokens, usable, generator).cpu()
 
 
+def _rates(section: LearnSection) -> tuple[float, ...]:
+    usual = _LEARNING_RATES[section.method]
+    if section.learning_rate == "auto":
+        return tuple(usual * factor for factor in (1.0, 0.3, 3.0))
+    return (section.learning_rate or usual,)
+
+
 def _settings(section: LearnSection) -> LearningSettings:
     return LearningSettings(
         steps=section.steps,
         max_seconds=_DEFAULT_SECONDS if section.steps is None and section.max_time is None else section.max_time,
+        learning_rates=_rates(section),
         **section.model_dump(
             include={
                 "batch_size",
-                "learning_rate",
                 "warmup_share",
                 "gradient_clip",
                 "weight_decay",
@@ -186,26 +348,27 @@ def _settings(section: LearnSection) -> LearningSettings:
     )
 
 
-def _save(
-    folder: Path,
+def _metadata(
     section: LearnSection,
-    model: ResolvedModel,
+    models: Sequence[ResolvedModel],
     network: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     text: Text,
     validation: Text,
     state: Progressing,
-) -> None:
-    metadata = PromptMetadata(
-        base_model=_base_name(model),
+) -> PromptMetadata:
+    compressions = [_compression(model) for model in models]
+    return PromptMetadata(
+        kind=section.method,
+        base_model=_base_name(models[0]),
         tokenizer_fingerprint=fingerprint_tokenizer(tokenizer),
         embedding_fingerprint=fingerprint_embedding(decoder_embedding(network).weight),
-        compression=json.dumps(_compression(model)),
+        compression=json.dumps(compressions[0] if len(models) == 1 else compressions),
         data=json.dumps(
             {
                 "text": text.source,
                 "text_sha256": text.sha256,
-                "file_sha256": _whole(section, model).sha256,
+                "file_sha256": _whole(section, models[0]).sha256,
                 "validation": validation.source,
                 "validation_sha256": validation.sha256,
             }
@@ -214,8 +377,6 @@ def _save(
         seed=section.seed,
         validation_perplexity=state.best_perplexity,
     )
-    save_prompt(folder / PROMPT_FILE, Prompt(state.best_PD.float(), metadata))
-    learning_figure(state.history, folder / "learning.png", title=f"Learning a prompt on {model.name}")
 
 
 def _manifest(model: ResolvedModel) -> dict[str, Any]:

@@ -1,13 +1,14 @@
-"""Stitch a prompt and a checkpoint into one thing: an ordinary checkpoint, or a PEFT adapter for the
-checkpoint.
+"""Stitch a prompt and a checkpoint into one thing: an ordinary checkpoint, or what goes with the checkpoint: a PEFT
+adapter, or a filled cache.
 """
 
 import pydoc_data.topics
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from ctp_kernels.prefix import key_values_of
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ctp_cli.artifact import (
@@ -22,13 +23,24 @@ from ctp_cli.artifact import (
 from ctp_cli.errors import InputError
 from ctp_cli.models.loading import decoder_embedding, load_model, load_tokenizer
 from ctp_cli.progress import SILENT, Progress
-from ctp_cli.prompts.file import Prompt, check_fits, fingerprint_embedding, fingerprint_tokenizer, load_prompt
-from ctp_cli.prompts.peft_export import export_peft
+from ctp_cli.prompts.file import (
+    PROMPT_FILE,
+    AnyPrompt,
+    KvPrefix,
+    Prompt,
+    check_fits,
+    fingerprint_embedding,
+    fingerprint_tokenizer,
+    load_prompt,
+    save_prompt,
+)
+from ctp_cli.prompts.peft_export import export_peft, export_peft_prefix
+from ctp_cli.prompts.prefix import prefix_of
 from ctp_cli.prompts.stitching import stitch_vocabulary
 from ctp_cli.prompts.vocab import check_tokenizer
 from ctp_cli.recipe import StitchSection
 
-KINDS = {"vocab": "stitched-checkpoint", "peft": "peft-adapter"}
+KINDS = {"vocab": "stitched-checkpoint", "peft": "peft-adapter", "kv": "kv-prefix"}
 _SAMPLE_TOKENS = 512
 _SAMPLE_TOPIC = "typesseq"
 
@@ -59,8 +71,11 @@ def stitch(
     """Raises InputError for a prompt or checkpoint that does not fit; then nothing is kept."""
     refuse_existing(output, force=force, reads=model_path)
     prompt = load_prompt(prompt_path)
-    if prompt.metadata.kind != "soft-prompt":
-        raise InputError(f"{prompt_path}: a {prompt.metadata.kind} cannot be stitched", hint="learn a soft-prompt")
+    if section.format == "vocab" and not isinstance(prompt, Prompt):
+        raise InputError(
+            f"{prompt_path}: a kv-prefix is no input of the model, so no token can stand for it",
+            hint="use --format kv or peft, or learn with --method soft-prompt",
+        )
     progress.say(f"loading {model_path}")
     tokenizer = load_tokenizer(model_path)
     if section.format == "vocab":
@@ -74,9 +89,12 @@ def stitch(
         workspace(output, kind=KINDS[section.format], identity=identity, force=force) as space,
         all_or_nothing(space),
     ):
-        if section.format == "peft":
+        if section.format == "kv":
+            report, details = _kv(space, prompt, model, model_path, unverified)
+        elif section.format == "peft":
             report, details = _peft(space, prompt, model, tokenizer, model_path, unverified)
         else:
+            assert isinstance(prompt, Prompt)
             report, details = _vocab(space, prompt, model, tokenizer, model_path, unverified, progress)
         base = manifest_of(model_path) or {}
         space.finish(
@@ -129,9 +147,22 @@ def _vocab(
     return report, asdict(made) | {"token_ids": [ids[0], ids[-1]], "notes": report.notes}
 
 
+def _kv(
+    space: Workspace, prompt: AnyPrompt, model: PreTrainedModel, model_path: Path, notes: tuple[str, ...]
+) -> tuple[StitchReport, dict[str, Any]]:
+    if prompt.metadata.layout != "prompt-text":
+        raise InputError("the prompt stands after a BOS token: its keys and values depend on it", hint="use vocab")
+    key_values = key_values_of(prefix_of(prompt, model, name=str(model_path))).float()
+    file = space.path / PROMPT_FILE
+    save_prompt(file, KvPrefix(key_values, replace(prompt.metadata, kind="kv-prefix")))
+    written = file.stat().st_size
+    report = StitchReport(space.output, "kv", None, None, linked_bytes=0, written_bytes=written, notes=notes)
+    return report, {"written_bytes": written, "notes": notes}
+
+
 def _peft(
     space: Workspace,
-    prompt: Prompt,
+    prompt: AnyPrompt,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     model_path: Path,
@@ -141,7 +172,11 @@ def _peft(
     if prompt.metadata.layout == "bos-prompt-text" and bos_id is None:
         raise InputError("the prompt stands after a BOS token, which this tokenizer does not have")
     base_name = str(model_path.resolve())
-    notes = (*notes, *export_peft(prompt, space.path, model=model, base_name=base_name, bos_id=bos_id))
+    if isinstance(prompt, Prompt):
+        notes = (*notes, *export_peft(prompt, space.path, model=model, base_name=base_name, bos_id=bos_id))
+    else:
+        prefix_of(prompt, model, name=str(model_path))  # says why where it does not fit
+        notes = (*notes, *export_peft_prefix(prompt, space.path, model=model, base_name=base_name))
     written = (space.path / "adapter_model.safetensors").stat().st_size
     report = StitchReport(space.output, "peft", None, None, linked_bytes=0, written_bytes=written, notes=notes)
     return report, {"written_bytes": written, "notes": notes}
@@ -149,7 +184,7 @@ def _peft(
 
 def _inputs(
     prompt_path: Path,
-    prompt: Prompt,
+    prompt: AnyPrompt,
     model_path: Path,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -158,7 +193,7 @@ def _inputs(
     making.
     """
     manifest = model_path / MANIFEST
-    file = prompt_path if prompt_path.is_file() else prompt_path / "prompt.safetensors"
+    file = prompt_path if prompt_path.is_file() else prompt_path / PROMPT_FILE
     return {
         "prompt": {"name": file.name, "sha256": file_fingerprint(file)},
         "model": {

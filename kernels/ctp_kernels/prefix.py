@@ -34,6 +34,38 @@ def prefix_cache(model: nn.Module, prompt_embeddings: Tensor) -> Cache:
     return cache_of(model(inputs_embeds=inputs_1PD, use_cache=True, logits_to_keep=1))
 
 
+def key_values_of(cache: Cache) -> Tensor:
+    """The keys and values of a cache of batch size 1 as one tensor (layers, 2, H, P, C), keys first.
+
+    Raises: ValueError where layers differ in shape or hold anything but the keys and values of every position.
+    """
+    layers: list[Any] = list(cache.layers)
+    for layer in layers:
+        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) or not layer.is_initialized:
+            raise ValueError(f"a layer of kind {type(layer).__name__} has no keys and values of its own")
+    shapes = {tensor.shape for layer in layers for tensor in (layer.keys, layer.values)}
+    if len(shapes) != 1 or next(iter(shapes))[2] != cache.get_seq_length():
+        raise ValueError("the layers' keys and values differ in shape, or a sliding window has cut them")
+    return torch.stack([torch.stack([layer.keys[0], layer.values[0]]) for layer in layers])
+
+
+def cache_with(template: Cache, key_values_L2HPC: Tensor, batch_size: int) -> Cache:
+    """`fresh_copy(template, batch_size)` with other keys and values in it; gradients flow back to them.
+
+    Shapes: key_values as `key_values_of(template)`, in the model's dtype and on its device.
+    Raises: ValueError if the shapes differ.
+    """
+    copied = fresh_copy(template, batch_size)
+    layers: list[Any] = list(copied.layers)
+    expected = (len(layers), 2, *layers[0].keys.shape[1:])
+    if tuple(key_values_L2HPC.shape) != expected:
+        raise ValueError(f"key_values: expected shape {expected}, got {tuple(key_values_L2HPC.shape)}")
+    for layer, (keys, values) in zip(layers, key_values_L2HPC, strict=True):
+        layer.keys = keys.expand(batch_size, -1, -1, -1)
+        layer.values = values.expand(batch_size, -1, -1, -1)
+    return copied
+
+
 def cache_keyword(model: nn.Module) -> str:
     """What the model's forward calls its cache: `cache` since transformers 5.24, `past_key_values` before."""
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"

@@ -10,6 +10,7 @@ from tiny_models import tiny_model
 from ctp_cli.evaluation.perplexity import Perplexity, compare, perplexity
 from ctp_cli.models.head import Scorer
 from ctp_cli.models.loading import load_model
+from ctp_cli.prompts.prefix import rows_prefix
 
 FAMILIES = ["llama", "opt", "gpt2", "bloom", "gpt_neox", "gemma"]
 
@@ -37,7 +38,8 @@ def test_equals_a_plain_loop(family: str, prompted: bool, tmp_path: Path) -> Non
     ids_NT = torch.randint(5, 300, (3, 24), generator=torch.Generator().manual_seed(1))
     width = model.get_input_embeddings().weight.shape[1]
     prompt = torch.randn(7, width, generator=torch.Generator().manual_seed(2)) if prompted else None
-    ours = perplexity(model, ids_NT, prompt_PD=prompt, batch_size=2)
+    prefix = None if prompt is None else rows_prefix(prompt, model)
+    ours = perplexity(model, ids_NT, prefix=prefix, batch_size=2)
     # float32 forward passes that differ in batching and caching only
     torch.testing.assert_close(ours.window_nll_N, plain_nll(model, ids_NT, prompt), rtol=2e-5, atol=1e-4)
     assert ours.scored_tokens == 3 * 23
@@ -108,9 +110,9 @@ def test_more_tokens_than_positions_are_refused_with_the_length_that_fits(tmp_pa
     from ctp_cli.errors import InputError
 
     model = load_model(tiny_model("gpt2", tmp_path / "m"))  # 512 learned positions
-    prompt = torch.zeros(20, 64)
+    prefix = rows_prefix(torch.zeros(20, 64), model)
     ids = torch.randint(5, 300, (2, 500))
     with pytest.raises(InputError, match="520 tokens, the model has 512") as caught:
-        perplexity(model, ids, prompt_PD=prompt)
+        perplexity(model, ids, prefix=prefix)
     assert caught.value.hint == "use --seqlen 492 or less"
-    assert perplexity(model, ids[:, :492], prompt_PD=prompt).scored_tokens == 2 * 491
+    assert perplexity(model, ids[:, :492], prefix=prefix).scored_tokens == 2 * 491

@@ -1,6 +1,7 @@
 """Learning a prompt: the loss and its gradient, the order of data, resuming, and that it helps."""
 
 import itertools
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,17 @@ from tiny_models import tiny_model
 
 from ctp_cli.data.sources import load_text
 from ctp_cli.data.windows import token_ids, windows
-from ctp_cli.errors import InputError, OutputError
-from ctp_cli.models.head import Scorer
+from ctp_cli.errors import InputError, OutputError, RecipeError
+from ctp_cli.evaluation.perplexity import compare, perplexity
+from ctp_cli.models.head import Scorer, SoftTargets
 from ctp_cli.models.loading import load_model, load_tokenizer
 from ctp_cli.models.resolve import resolve_model
 from ctp_cli.progress import SilentProgress
 from ctp_cli.prompts.file import load_prompt
-from ctp_cli.prompts.training import LearningSettings, PromptedLoss, batch_at, learning_rate_at
-from ctp_cli.recipe import LearnSection
+from ctp_cli.prompts.prefix import prefix_of
+from ctp_cli.prompts.training import SoftPromptLoss, batch_at, learning_rate_at
+from ctp_cli.recipe import CompressSection, LearnSection
+from ctp_cli.stages.compress import compress
 from ctp_cli.stages.learn import LearnReport, learn_prompt
 
 SECTION: dict[str, Any] = {
@@ -32,8 +36,8 @@ def test_loss_and_gradient_equal_transformers(family: str, tmp_path: Path) -> No
     model = load_model(tiny_model(family, tmp_path / family))
     ids = torch.randint(5, 300, (3, 300), generator=torch.Generator().manual_seed(0))  # 897 positions: several chunks
     prompt = torch.randn(6, model.get_input_embeddings().weight.shape[1], generator=torch.Generator().manual_seed(1))
-    module = PromptedLoss(model, prompt)
-    loss = module(ids)
+    module = SoftPromptLoss([model], prompt)
+    loss = module(ids, 0, None)
     loss.backward()
     plain = prompt.clone().requires_grad_()
     text = model.get_input_embeddings()(ids)
@@ -41,8 +45,8 @@ def test_loss_and_gradient_equal_transformers(family: str, tmp_path: Path) -> No
     expected = torch.nn.functional.cross_entropy(logits[:, 6:-1].flatten(0, 1).float(), ids[:, 1:].flatten())
     expected.backward()
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(module.prompt_PD.grad, plain.grad, rtol=1e-3, atol=1e-6)
-    assert [name for name, _ in module.named_parameters()] == ["prompt_PD"]  # nothing else can be trained
+    torch.testing.assert_close(module.prompt.grad, plain.grad, rtol=1e-3, atol=1e-6)
+    assert [name for name, _ in module.named_parameters()] == ["prompt"]  # nothing else can be trained
 
 
 def test_all_logits_are_never_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,8 +84,7 @@ def test_an_epoch_takes_every_window_once_and_the_next_another_order() -> None:
 
 
 def test_learning_rate_rises_then_falls_to_zero() -> None:
-    settings = LearningSettings(100, 1, 1, 1.0, 0.1, 1.0, 0.0, 10, 10, 0)
-    rates = [learning_rate_at(step, 100, settings) for step in range(101)]
+    rates = [learning_rate_at(step, 100, peak=1.0, warmup_share=0.1) for step in range(101)]
     assert rates[9] == 1.0 and rates[0] == pytest.approx(0.1) and rates[100] == 0
     assert all(a < b for a, b in itertools.pairwise(rates[:10]))
     assert all(a > b for a, b in itertools.pairwise(rates[10:]))
@@ -103,18 +106,20 @@ class StopAfter(SilentProgress):
                 raise KeyboardInterrupt
 
 
-def run(model: Path, output: Path, progress: Any = None, **changes: Any) -> LearnReport:
+def run(models: Path | list[Path], output: Path, progress: Any = None, **changes: Any) -> LearnReport:
     section = LearnSection(**(SECTION | changes))
-    return learn_prompt(section, model=resolve_model(str(model)), output=output, progress=progress or SilentProgress())
+    resolved = [resolve_model(str(path)) for path in (models if isinstance(models, list) else [models])]
+    teacher = resolve_model(section.teacher) if section.teacher else None
+    return learn_prompt(section, models=resolved, teacher=teacher, output=output, progress=progress or SilentProgress())
 
 
-@pytest.mark.parametrize("stop", [1, 5, 11])
-def test_interrupted_learning_gives_the_same_bits(stop: int, compressed: Path, tmp_path: Path) -> None:
-    whole = run(compressed, tmp_path / "whole")
+@pytest.mark.parametrize(("stop", "method"), [(1, "soft-prompt"), (5, "soft-prompt"), (11, "kv-prefix")])
+def test_interrupted_learning_gives_the_same_bits(stop: int, method: str, compressed: Path, tmp_path: Path) -> None:
+    whole = run(compressed, tmp_path / "whole", method=method)
     with pytest.raises(KeyboardInterrupt):
-        run(compressed, tmp_path / "cut", StopAfter(stop))
+        run(compressed, tmp_path / "cut", StopAfter(stop), method=method)
     assert not (tmp_path / "cut").exists() and (tmp_path / "cut.partial").exists()
-    resumed = run(compressed, tmp_path / "cut")
+    resumed = run(compressed, tmp_path / "cut", method=method)
     assert resumed.prompt_file.read_bytes() == whole.prompt_file.read_bytes()
     assert resumed.history == whole.history
     assert not (tmp_path / "cut.partial").exists()
@@ -127,25 +132,71 @@ def test_other_settings_do_not_go_on_from_unfinished_work(compressed: Path, tmp_
         run(compressed, tmp_path / "p", seed=1)
 
 
-def test_a_prompt_helps_on_text_that_did_not_choose_it(trained: Path, tmp_path: Path) -> None:
-    """At 87.5% + 3 bit, where even so small a model has lost a lot."""
-    from ctp_cli.evaluation.perplexity import compare, perplexity
-    from ctp_cli.recipe import CompressSection
-    from ctp_cli.stages.compress import compress
-
+@pytest.fixture(scope="module")
+def ruined(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """87.5% + 3 bit, where even so small a model has lost a lot."""
+    output = tmp_path_factory.mktemp("ruined") / "small"
     section = CompressSection(sparsity=0.875, bits=3, calibration="pydoc:train", windows=16, seqlen=128)
-    compress(section, model=resolve_model(str(trained)), output=tmp_path / "small")
-    report = run(tmp_path / "small", tmp_path / "p", steps=80, batch_size=8, seqlen=64, validate_every=20)
-    prompt = load_prompt(report.prompt_file).embeddings
-    assert prompt.dtype == torch.float32 and report.best_perplexity < report.start_perplexity
+    compress(section, model=resolve_model(str(trained)), output=output)
+    return output
+
+
+@pytest.mark.parametrize("method", ["soft-prompt", "kv-prefix"])
+def test_a_prompt_helps_on_text_that_did_not_choose_it(
+    method: str, trained: Path, ruined: Path, tmp_path: Path
+) -> None:
+    changes = {"steps": 80, "batch_size": 8, "seqlen": 64, "validate_every": 20, "method": method}
+    report = run(ruined, tmp_path / "p", **changes)
+    prompt = load_prompt(report.prompt_file)
+    assert prompt.metadata.kind == method and report.best_perplexity < report.start_perplexity
     text = load_text("pydoc:test", default_part="test")
     ids = windows(token_ids(text, load_tokenizer(trained)), 64, most=128, text=text)
-    small = load_model(tmp_path / "small")
+    small = load_model(ruined)
     full, pruned = perplexity(load_model(trained), ids), perplexity(small, ids)
-    prompted = perplexity(small, ids, prompt_PD=prompt)
+    prompted = perplexity(small, ids, prefix=prefix_of(prompt, small, name="small"))
     assert pruned.value() > 1.3 * full.value()
     difference = compare(pruned, prompted)
     assert difference.measurable and difference.mean < 0
+
+
+def test_one_prompt_for_several_compressions(trained: Path, compressed: Path, ruined: Path, tmp_path: Path) -> None:
+    """Steps take turns; perplexity is the geometric mean; the prompt says which compressions it was learned on."""
+    both = run([compressed, ruined], tmp_path / "both", steps=4)
+    alone = [run(path, tmp_path / path.name, steps=4) for path in (compressed, ruined)]
+    expected = (alone[0].start_perplexity * alone[1].start_perplexity) ** 0.5
+    assert both.start_perplexity == pytest.approx(expected, rel=1e-5)
+    sparsities = [one["sparsity"] for one in json.loads(load_prompt(both.prompt_file).metadata.compression or "")]
+    assert sparsities == [0.5, 0.875]
+    learned = [load_prompt(report.prompt_file).embeddings for report in (both, *alone)]
+    assert not torch.equal(learned[0], learned[1]) and not torch.equal(learned[0], learned[2])
+    stranger = tiny_model("llama", tmp_path / "stranger")
+    with pytest.raises(InputError, match="is no compression of the model that"):
+        run([compressed, stranger], tmp_path / "no")
+    assert not (tmp_path / "no").exists() and not (tmp_path / "no.partial").exists()
+
+
+def test_learning_starts_where_it_is_told_to(compressed: Path, tmp_path: Path) -> None:
+    def perplexity_of(**changes: Any) -> LearnReport:
+        return run(compressed, tmp_path / str(len(list(tmp_path.iterdir()))), steps=4, **changes)
+
+    first = perplexity_of()
+    # the perplexity it ended with is the one the next starts from, as rows and as their keys and values
+    for method in ("soft-prompt", "kv-prefix"):
+        again = perplexity_of(init=str(first.prompt_file), method=method)
+        assert again.start_perplexity == pytest.approx(first.best_perplexity, rel=1e-4)
+    worded = perplexity_of(init="text:list of", learning_rate=1e-9)
+    table = load_model(compressed).get_input_embeddings().weight
+    ids = load_tokenizer(compressed)("list of", add_special_tokens=False)["input_ids"]
+    assert len(ids) < 8
+    expected = table[(ids * 8)[:8]].float()
+    torch.testing.assert_close(load_prompt(worded.prompt_file).embeddings, expected, atol=1e-6, rtol=0)
+    prefix = perplexity_of(method="kv-prefix")
+    with pytest.raises(InputError, match="is a kv-prefix, which has no rows"):
+        perplexity_of(init=str(prefix.prompt_file))
+    with pytest.raises(InputError, match="has 8 tokens, asked for are 9"):
+        perplexity_of(init=str(first.prompt_file), tokens=9)
+    with pytest.raises(InputError, match="without words"):
+        perplexity_of(init="text:")
 
 
 def test_the_selection_text_must_be_another(compressed: Path, tmp_path: Path) -> None:
@@ -157,3 +208,84 @@ def test_the_selection_text_must_be_another(compressed: Path, tmp_path: Path) ->
 def test_a_time_limit_becomes_a_number_of_steps(compressed: Path, tmp_path: Path) -> None:
     report = run(compressed, tmp_path / "p", steps=None, max_time=1.0)
     assert report.steps >= 1 and report.history[-1][0] == report.steps
+
+
+def test_a_teacher_s_targets_are_mixed_with_the_labels(tmp_path: Path) -> None:
+    """Loss and gradient against plain autograd over all logits, with every token of the vocabulary kept."""
+    student, teacher = (load_model(tiny_model(f, tmp_path / f)) for f in ("llama", "llama_tied_gqa"))
+    ids = torch.randint(5, 300, (3, 200), generator=torch.Generator().manual_seed(0))
+    prompt = torch.randn(6, student.get_input_embeddings().weight.shape[1], generator=torch.Generator().manual_seed(1))
+    tokens, probabilities = Scorer(teacher).likeliest(ids, 320)
+    module = SoftPromptLoss([student], prompt)
+    loss = module(ids, 0, SoftTargets(tokens, probabilities, 0.3))
+    loss.backward()
+    plain = prompt.clone().requires_grad_()
+    embedded = torch.cat([plain.expand(3, -1, -1), student.get_input_embeddings()(ids)], 1)
+    logits = student(inputs_embeds=embedded, use_cache=False).logits[:, 6:-1].flatten(0, 1)
+    wanted = teacher(ids).logits[:, :-1].flatten(0, 1).softmax(-1)
+    cross_entropy = torch.nn.functional.cross_entropy
+    expected = 0.7 * cross_entropy(logits, ids[:, 1:].flatten()) + 0.3 * cross_entropy(logits, wanted)
+    expected.backward()
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(module.prompt.grad, plain.grad, rtol=1e-3, atol=1e-6)
+    top = Scorer(teacher).likeliest(ids, 5)
+    assert torch.equal(top[0], wanted.topk(5).indices.view(3, 199, 5))
+
+
+def test_the_teacher_is_asked_once_and_its_answers_are_gone_afterwards(
+    trained: Path, compressed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    likeliest = Scorer.likeliest
+    monkeypatch.setattr(Scorer, "likeliest", lambda self, ids, k: asked.append(len(ids)) or likeliest(self, ids, k))
+    changes = {"teacher": str(trained), "teacher_tokens": 8}
+    whole = run(compressed, tmp_path / "whole", **changes)
+    assert asked == [4] * 12 and {p.name for p in (tmp_path / "whole").iterdir()} == {
+        "ctp.json", "learning.png", "prompt.safetensors",
+    }  # fmt: skip
+    with pytest.raises(KeyboardInterrupt):
+        run(compressed, tmp_path / "cut", StopAfter(5), **changes)
+    asked.clear()
+    resumed = run(compressed, tmp_path / "cut", **changes)
+    assert not asked and resumed.prompt_file.read_bytes() == whole.prompt_file.read_bytes()
+    plain = run(compressed, tmp_path / "plain")
+    assert plain.prompt_file.read_bytes() != whole.prompt_file.read_bytes()
+    stranger = tiny_model("gpt2", tmp_path / "stranger")
+    other = load_tokenizer(stranger)
+    other.add_tokens(["other"])
+    other.save_pretrained(stranger)
+    with pytest.raises(InputError, match="has another tokenizer"):
+        run(compressed, tmp_path / "no", teacher=str(stranger))
+
+
+def test_a_tracker_gets_every_step(compressed: Path, tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    report = run(compressed, tmp_path / "p", tracker="tensorboard")
+    (events,) = (tmp_path / "p" / "logs").rglob("events.*")
+    held = EventAccumulator(str(events)).Reload()
+    assert [event.step for event in held.Scalars("loss")] == list(range(1, 13))
+    validations = [(event.step, event.value) for event in held.Scalars("validation_perplexity")]
+    assert validations == [(step, pytest.approx(value)) for step, value in report.history[1:]]
+    with pytest.raises(RecipeError, match="tensorbord is unknown"):
+        run(compressed, tmp_path / "q", tracker="tensorbord")
+
+
+def test_the_learning_rate_can_be_searched_for(compressed: Path, tmp_path: Path) -> None:
+    """What wins the search is what would win it by hand, and the search leaves no trace in what is learned."""
+    said: list[str] = []
+
+    class Listening(SilentProgress):
+        def say(self, message: str) -> None:
+            said.append(message)
+
+    found = run(compressed, tmp_path / "found", Listening(), learning_rate="auto")
+    values = {float(words[2].rstrip(":")): float(words[5]) for words in map(str.split, said) if words[0] == "learning"}
+    assert list(values) == [0.01, 0.003, 0.03]
+    best = min(values, key=lambda rate: values[rate])
+    assert json.loads((tmp_path / "found" / "ctp.json").read_text())["results"]["learning_rate"] == best
+    by_hand = run(compressed, tmp_path / "by-hand", learning_rate=best)
+    assert found.history == by_hand.history
+    assert torch.equal(*(load_prompt(report.prompt_file).embeddings for report in (found, by_hand)))
+    short = run(compressed, tmp_path / "short", learning_rate=best, steps=20, validate_every=20)
+    assert short.history[-1][1] == pytest.approx(values[best], abs=1e-3)

@@ -136,12 +136,6 @@ def test_a_prompt_that_says_nothing_is_stitched_with_a_warning(made):
     assert sum("not verified" in note for note in notes) == 2
 
 
-def test_a_kv_prefix_is_no_soft_prompt(made):
-    save_prompt(made / "prompt.safetensors", Prompt(load_prompt(made).embeddings, PromptMetadata(kind="kv-prefix")))
-    with pytest.raises(InputError, match="kv-prefix"):
-        _stitch(made)
-
-
 def test_too_much_mass_keeps_nothing(made, monkeypatch):
     monkeypatch.setattr(rejection, "_ATTEMPTS", ((None, 30.0),))
     with pytest.raises(InputError, match="of the probability"):

@@ -1,0 +1,54 @@
+"""A prompt, of either kind, as keys and values that stand before a text."""
+
+from ctp_kernels.prefix import cache_with, key_values_of, prefix_cache
+from ctp_kernels.profiling import learned_positions
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
+
+from ctp_cli.errors import InputError, UnsupportedModelError
+from ctp_cli.models.loading import decoder_embedding
+from ctp_cli.prompts.file import AnyPrompt, Prompt
+
+
+def prefix_of(prompt: AnyPrompt, model: PreTrainedModel, *, name: str) -> Cache:
+    """The cache of batch size 1 that `prompt` is for this model. Errors call the model `name`.
+
+    Raises: InputError where the prompt has another geometry than the model, or more rows than it has positions.
+    """
+    if isinstance(prompt, Prompt):
+        return rows_prefix(prompt.embeddings, model)
+    template = kv_template(prompt.num_virtual_tokens, model)
+    table = decoder_embedding(model).weight
+    try:
+        return cache_with(template, prompt.key_values.to(table.device, table.dtype), 1)
+    except ValueError:
+        ours, theirs = ("x".join(map(str, t.shape)) for t in (prompt.key_values, key_values_of(template)))
+        raise InputError(
+            f"the prefix is {ours} (layers x 2 x heads x tokens x head width), that of {name} would be {theirs}",
+            hint="a prefix fits compressions of the model it was learned on, not other models",
+        ) from None
+
+
+def rows_prefix(rows_PD: Tensor, model: PreTrainedModel) -> Cache:
+    """Keys and values of embeddings (P, D). Raises InputError where the model has no room for them."""
+    limit = learned_positions(model)
+    if limit is not None and rows_PD.shape[0] >= limit:
+        raise InputError(f"the prompt has {rows_PD.shape[0]} rows, the model {limit} positions", hint="use fewer rows")
+    return prefix_cache(model, rows_PD)
+
+
+def kv_template(tokens: int, model: PreTrainedModel) -> Cache:
+    """Some prefix of so many tokens: one whose keys and values are there to be replaced (`cache_with`).
+
+    Raises: UnsupportedModelError for models whose layers do not all keep alike keys and values of every token.
+    """
+    cache = rows_prefix(decoder_embedding(model).weight[:1].expand(tokens, -1), model)
+    try:
+        key_values_of(cache)
+    except ValueError as error:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} cannot carry a kv-prefix of {tokens} tokens: {error}",
+            hint="use a soft-prompt",
+        ) from None
+    return cache
