@@ -141,7 +141,8 @@ class LearnSection(Section):
     steps: Annotated[int, Field(ge=1)] | None = None
     """Optimizer steps. None: as many as fit `max_time`."""
     max_time: Seconds | None = None
-    """Seconds of learning: the number of steps that fit is set after a few timed ones. With neither: 30 minutes."""
+    """Seconds of learning: how many steps fit is estimated at the start and at every validation. With neither:
+    30 minutes."""
     batch_size: Annotated[int, Field(ge=1)] = 4
     seqlen: Annotated[int, Field(ge=8)] = 512
     """Text tokens per sequence; the prompt stands before them."""

@@ -35,7 +35,10 @@ Received = TypeVar("Received")
 
 @dataclass(frozen=True)
 class LearningSettings:
-    """How to learn. The smaller of `steps` and what fits `max_seconds` counts; at least one of them is given."""
+    """How to learn. The smaller of `steps` and what fits `max_seconds` counts; at least one of them is given.
+
+    What fits is estimated from a few timed steps and again at every validation: the machine may get slower or faster.
+    """
 
     steps: int | None
     max_seconds: float | None
@@ -64,6 +67,8 @@ class Progressing:
     best_perplexity: float = math.inf
     stale_validations: int = 0
     seconds: float = 0.0
+    """Of steps; those of validations, except the first, come beside."""
+    validation_seconds: float = 0.0
     history: list[tuple[int, float]] = field(default_factory=list)
     """(step, validation perplexity)"""
     moments: dict[str, Tensor] = field(default_factory=dict)
@@ -224,8 +229,8 @@ def learn(
 
     `ids_T` is the training text; `validate` gives the module's perplexity on selection text; where the module has
     several models, they take turns step by step. The state is saved at `state_path` at every validation; where it
-    exists, learning goes on from it to the same bits as without the interruption. A time limit becomes a number of
-    steps once, near the start, and is then part of the state. Several processes share every batch.
+    exists, learning goes on from it, and without a time limit to the same bits as without the interruption. Several
+    processes share every batch.
     """
     resumed = from_main(state_path.exists())
     start = module.prompt.detach().cpu()
@@ -233,7 +238,7 @@ def learn(
     if not resumed:
         started = time.perf_counter()
         state.best_perplexity = validate()
-        validation_seconds = time.perf_counter() - started
+        first_seconds = time.perf_counter() - started
         state.history.append((0, state.best_perplexity))
         progress.say(f"step 0: validation perplexity {state.best_perplexity:.3f} (the start)")
     loop = _Loop(module, state, ids_T, seqlen, settings, accelerator, teacher)
@@ -241,7 +246,7 @@ def learn(
         started = time.perf_counter()
         state.learning_rate = loop.best_rate(validate, progress)
         left = None if settings.max_seconds is None else settings.max_seconds - (time.perf_counter() - started)
-        fitting = None if left is None else loop.steps_that_fit(left, validation_seconds)
+        fitting = None if left is None else loop.steps_that_fit(left, first_seconds)
         state.planned_steps = min(steps for steps in (settings.steps, fitting) if steps is not None)
         if accelerator.is_main_process:
             state.save(state_path)
@@ -257,6 +262,9 @@ def learn(
         progress.advance(note=loop.note(loss))
         if state.step % settings.validate_every == 0 or state.step == state.planned_steps:
             _validate(loop, validate, progress)
+            if loop.plan_again():
+                progress.start("learn", state.planned_steps)
+                progress.advance(state.step)
             accelerator.log({"validation_perplexity": state.history[-1][1]}, step=state.step)
             if accelerator.is_main_process:
                 state.save(state_path)
@@ -267,7 +275,9 @@ def learn(
 def _validate(loop: "_Loop", validate: Callable[[], float], progress: Progress) -> None:
     state = loop.state
     loop.capture()
+    started = time.perf_counter()
     value = validate()
+    state.validation_seconds += time.perf_counter() - started
     state.history.append((state.step, value))
     if value < state.best_perplexity:
         state.best_perplexity, state.best_step, state.stale_validations = value, state.step, 0
@@ -375,6 +385,22 @@ class _Loop:
         fitting = torch.tensor([max_seconds / per_step], device=self.accelerator.device)
         fewest = float(self.accelerator.gather(fitting).min())
         return max(1, math.floor(fewest))
+
+    def plan_again(self) -> bool:
+        """Fit the number of steps to the time that is left, at the pace of late. Whether it changed.
+
+        A teacher's answers are there for the steps first planned: it never becomes more than these.
+        """
+        state, limit = self.state, self.settings.max_seconds
+        if limit is None:
+            return False
+        pace = sum(self._step_seconds) / len(self._step_seconds)
+        pace += state.validation_seconds / max(1, len(state.history) - 1) / self.settings.validate_every
+        left = max(0.0, limit - state.seconds - state.validation_seconds)
+        most = [self.settings.steps, None if self.teacher is None else state.planned_steps]
+        fitting = min(steps for steps in (state.step + math.floor(left / pace), *most) if steps is not None)
+        before, state.planned_steps = state.planned_steps, from_main(fitting)
+        return state.planned_steps != before
 
     def capture(self) -> None:
         """Copy the parameter and its moments into the state."""

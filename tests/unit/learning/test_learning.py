@@ -17,6 +17,7 @@ from ctp_cli.models.head import Scorer, SoftTargets
 from ctp_cli.models.loading import load_model, load_tokenizer
 from ctp_cli.models.resolve import resolve_model
 from ctp_cli.progress import SilentProgress
+from ctp_cli.prompts import training
 from ctp_cli.prompts.file import load_prompt
 from ctp_cli.prompts.prefix import prefix_of
 from ctp_cli.prompts.training import SoftPromptLoss, batch_at, learning_rate_at
@@ -208,6 +209,27 @@ def test_the_selection_text_must_be_another(compressed: Path, tmp_path: Path) ->
 def test_a_time_limit_becomes_a_number_of_steps(compressed: Path, tmp_path: Path) -> None:
     report = run(compressed, tmp_path / "p", steps=None, max_time=1.0)
     assert report.steps >= 1 and report.history[-1][0] == report.steps
+
+
+def test_a_machine_that_gets_slower_or_faster_does_fewer_or_more_steps(
+    compressed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A clock that runs as the test says: a step first takes 1 s, then 4 s, or a quarter of a second."""
+    update = training._Loop._update
+    for then, least, most in ((4.0, 20, 40), (0.25, 150, 250)):
+        now = [0.0]
+        monkeypatch.setattr(training.time, "perf_counter", lambda now=now: now[0])
+
+        def slow(loop: Any, step: int, *rest: Any, now: list[float] = now, then: float = then) -> float:
+            now[0] += 1.0 if step < 8 else then
+            return update(loop, step, *rest)
+
+        monkeypatch.setattr(training._Loop, "_update", slow)
+        report = run(compressed, tmp_path / str(then), steps=None, max_time=60.0, patience=1000)
+        assert report.seconds == pytest.approx(60.0, abs=2 * then)
+        assert least <= report.steps <= most
+    with_both = run(compressed, tmp_path / "both", steps=30, max_time=60.0, patience=1000)
+    assert with_both.steps == 30
 
 
 def test_a_teacher_s_targets_are_mixed_with_the_labels(tmp_path: Path) -> None:
