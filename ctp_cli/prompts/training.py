@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
-from ctp_kernels.prefix import cache_with
+from ctp_kernels.prefix import cache_of, cache_with, fresh_copy
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from transformers.cache_utils import Cache
 from ctp_cli.errors import InputError
 from ctp_cli.files import whole_file
 from ctp_cli.models.head import Scorer, SoftTargets
+from ctp_cli.models.loading import decoder_embedding
 from ctp_cli.progress import SILENT, Progress
 from ctp_cli.prompts.prefix import kv_template, rows_prefix
 from ctp_cli.prompts.teacher import Teacher
@@ -160,14 +161,18 @@ class PromptedLoss(nn.Module):
 
 
 class SoftPromptLoss(PromptedLoss):
-    """The prompt is rows (P, D) float32 among the input embeddings."""
+    """The prompt is rows (P, D) float32 among the input embeddings.
+
+    Its keys and values are the same for every sequence of a batch: they are computed once, and gradients flow back
+    through them.
+    """
 
     def forward(self, ids_BT: Tensor, which: int, soft: SoftTargets | None) -> Tensor:
         model, scorer = self._frozen[which]
-        text_BTD = model.get_input_embeddings()(ids_BT)
-        prompt_BPD = self.prompt.to(text_BTD.dtype)[None].expand(ids_BT.shape[0], -1, -1)
-        inputs_embeds = torch.cat([prompt_BPD, text_BTD], dim=1)
-        return scorer.nll(ids_BT, skip=self.prompt.shape[0], soft=soft, inputs_embeds=inputs_embeds).mean()
+        rows_1PD = self.prompt.to(decoder_embedding(model).weight.dtype)[None]
+        cache = cache_of(model.base_model(inputs_embeds=rows_1PD, use_cache=True))
+        prefix = fresh_copy(cache, batch_size=ids_BT.shape[0])
+        return scorer.nll(ids_BT, prefix=prefix, soft=soft, input_ids=ids_BT).mean()
 
     def learned(self, parameter: Tensor) -> Tensor:
         return parameter.float()

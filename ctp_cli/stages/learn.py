@@ -22,6 +22,7 @@ from ctp_cli.data.sources import Text, known_names, load_text
 from ctp_cli.data.windows import token_ids, windows
 from ctp_cli.errors import InputError, RecipeError
 from ctp_cli.evaluation.perplexity import perplexity
+from ctp_cli.models.attention import fast_attention
 from ctp_cli.models.head import Scorer
 from ctp_cli.models.loading import decoder_embedding, load_model, load_tokenizer
 from ctp_cli.models.resolve import ResolvedModel
@@ -152,17 +153,18 @@ def learn_prompt(
         accelerator.init_trackers("learn")
         unprompted = validate(prompted=False)
         progress.say(f"validation perplexity without a prompt: {unprompted:.3f}")
-        state = learn(
-            module,
-            ids_T,
-            seqlen=section.seqlen,
-            settings=_settings(section),
-            validate=validate,
-            accelerator=accelerator,
-            state_path=state_path,
-            teacher=None if teacher is None else _teacher(section, teacher, state_path.parent, device),
-            progress=progress,
-        )
+        with fast_attention():
+            state = learn(
+                module,
+                ids_T,
+                seqlen=section.seqlen,
+                settings=_settings(section),
+                validate=validate,
+                accelerator=accelerator,
+                state_path=state_path,
+                teacher=None if teacher is None else _teacher(section, teacher, state_path.parent, device),
+                progress=progress,
+            )
         accelerator.end_training()
         report = _report(output, state, unprompted)
         if space is None:

@@ -31,7 +31,7 @@ SECTION: dict[str, Any] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("family", ["llama", "opt350", "gpt2", "gemma"])
+@pytest.mark.parametrize("family", ["llama", "llama_tied_gqa", "opt350", "gpt2", "gemma", "bloom", "gpt_neox", "phi"])
 def test_loss_and_gradient_equal_transformers(family: str, tmp_path: Path) -> None:
     """Chunked, prompt positions skipped, gradient made in the forward pass: against plain autograd on all logits."""
     model = load_model(tiny_model(family, tmp_path / family))

@@ -51,3 +51,48 @@ def test_the_kernel_is_given_plain_causal_attention_only(scale: float | None, mo
         functional.scaled_dot_product_attention(q, q, q, attn_mask=torch.ones(9, 9, dtype=torch.bool), scale=scale)
         functional.scaled_dot_product_attention(q.float(), q.float(), q.float(), is_causal=True, scale=scale)
     assert calls == [scale or 0.125]
+
+
+@pytest.mark.usefixtures("without_amx")
+@pytest.mark.parametrize("prefix", [0, 1, 5])
+@pytest.mark.parametrize("kind", ["bool", "minimum", "infinite"])
+def test_a_mask_that_says_causal_behind_a_prefix_is_known(
+    prefix: int, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[int] = []
+    marked = torch.full((2, 2, 9, 64), 7.0).bfloat16()
+    monkeypatch.setattr(attention, "causal_attention", lambda *given: (calls.append(given[1].shape[2]), marked)[1])
+    q, k = torch.randn(2, 2, 9, 64).bfloat16(), torch.randn(2, 2, 9 + prefix, 64).bfloat16()
+
+    def masked(seen: torch.Tensor) -> torch.Tensor:
+        if kind == "bool":
+            return seen
+        least = torch.finfo(torch.bfloat16).min if kind == "minimum" else -torch.inf
+        return torch.zeros(seen.shape, dtype=torch.bfloat16).masked_fill(~seen, least)
+
+    causal = torch.ones(2, 1, 9, 9 + prefix, dtype=torch.bool).tril(prefix)
+    padded, windowed, ahead = causal.clone(), causal.clone(), causal.clone()
+    padded[1, :, :, 0] = False
+    windowed[..., 8, :3] = False
+    ahead[..., 0, prefix + 1] = True
+    with attention.fast_attention():
+        assert functional.scaled_dot_product_attention(q, k, k, attn_mask=masked(causal)) is marked
+        for other in (padded, windowed, ahead):
+            assert functional.scaled_dot_product_attention(q, k, k, attn_mask=masked(other)) is not marked
+        soft = masked(causal).to(torch.bfloat16)
+        soft[..., 0, 0] = -1.0
+        assert functional.scaled_dot_product_attention(q, k, k, attn_mask=soft) is not marked
+    assert calls == [9 + prefix]
+
+
+@pytest.mark.usefixtures("without_amx")
+def test_gradients_go_through_whichever_attention_is_taken() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for width in (64, 16):  # our kernel's, where there is one, and PyTorch's
+        q, k, v = (torch.randn(2, 3, 20, width, generator=generator).bfloat16().requires_grad_() for _ in range(3))
+        exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
+        functional.scaled_dot_product_attention(*exact, is_causal=True).square().sum().backward()
+        with attention.fast_attention():
+            functional.scaled_dot_product_attention(q, k, v, is_causal=True).float().square().sum().backward()
+        for made, wanted in zip((q, k, v), exact, strict=True):
+            assert (made.grad.double() - wanted.grad).norm() <= 0.02 * wanted.grad.norm()
