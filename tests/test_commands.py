@@ -9,10 +9,12 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from typer.testing import CliRunner, Result
 
 from ctp_cli.app import app
+from ctp_cli.models.loading import load_model
 
 
 def ctp(*arguments: object) -> Result:
@@ -156,3 +158,15 @@ def test_killed_at_any_moment_a_recipe_goes_on_to_the_same_bytes(sign: int, trai
     ctp("run", recipe)
     assert files(place / "killed") == files(place / "out")
     assert not list((place / "killed").glob("*.partial"))
+
+
+def test_several_formats_hold_the_same_codes(trained: Path, place: Path) -> None:
+    text = ("--calibration", "pydoc:train", "--windows", 4, "--seqlen", 64)
+    formats = ("--bits", 4, "--sparsity", 0.5, "--format", "gptq,ctp,dense", "-o", "out")
+    result = ctp("compress", trained, *formats, *text)
+    assert result.stdout.splitlines()[-3:] == ["out", "out-ctp", "out-dense"]
+    weights = [load_model(place / name).state_dict() for name in ("out", "out-ctp", "out-dense")]
+    for other in weights[1:]:
+        assert all(torch.equal(weights[0][name], other[name]) for name in weights[0])
+    manifests = [json.loads((place / name / "ctp.json").read_text()) for name in ("out", "out-ctp", "out-dense")]
+    assert [manifest["format"] for manifest in manifests] == ["gptq", "ctp", "dense"]

@@ -6,8 +6,10 @@ from typing import Annotated
 
 import typer
 
+from ctp_cli.artifact import refuse_existing
 from ctp_cli.commands.common import Device, DryRun, Force, Json, Output, Quiet, reports_errors
 from ctp_cli.console import Console, size_text, time_text
+from ctp_cli.errors import RecipeError
 from ctp_cli.models.embedded import NAME
 from ctp_cli.recipe import CompressSection, build
 
@@ -25,7 +27,7 @@ def compress(
     bits: Annotated[int | None, typer.Option(help="2, 3, 4 or 8 bits per kept weight.", rich_help_panel=WHAT)] = None,
     format: Annotated[
         str | None,
-        typer.Option(help="auto, dense, gptq, compressed-tensors, ctp.", rich_help_panel=WHAT),
+        typer.Option(help="auto, gptq, compressed-tensors, ctp or dense; or several: gptq,ctp.", rich_help_panel=WHAT),
     ] = None,
     group_size: Annotated[str | None, typer.Option(help="auto, row, or inputs per scale.", rich_help_panel=HOW)] = None,
     symmetric: Annotated[bool | None, typer.Option("--symmetric/--asymmetric", rich_help_panel=HOW)] = None,
@@ -74,42 +76,57 @@ def compress(
     ctp compress --sparsity 0.5 --bits 4
     ctp compress path/to/llama --bits 4 --calibration c4 -o llama-w4
     ctp compress path/to/opt --sparsity 2:4 --calibration texts.jsonl
+    ctp compress --bits 4 --format gptq,compressed-tensors -o w4     # w4 and w4-compressed-tensors
     """
     console = Console(quiet=quiet, json_mode=json)
-    section = build(
-        CompressSection,
-        {
-            "sparsity": sparsity,
-            "bits": bits,
-            "format": format,
-            "group_size": int(group_size) if group_size and group_size.isdecimal() else group_size,
-            "symmetric": symmetric,
-            "mse_clip": mse_clip,
-            "act_order": act_order,
-            "true_sequential": true_sequential,
-            "target": target,
-            "tune_windows": tune_windows,
-            "tune": tune,
-            "tune_learning_rate": tune_learning_rate,
-            "dampening": dampening,
-            "pruner": pruner,
-            "quantizer": quantizer,
-            "rounds": rounds,
-            "refine": refine,
-            "calibration": calibration,
-            "windows": windows,
-            "seqlen": seqlen,
-        },
-    )
+    first, *others = format.split(",") if format else [None]
+    sections = [
+        build(
+            CompressSection,
+            {
+                "sparsity": sparsity,
+                "bits": bits,
+                "format": one,
+                "group_size": int(group_size) if group_size and group_size.isdecimal() else group_size,
+                "symmetric": symmetric,
+                "mse_clip": mse_clip,
+                "act_order": act_order,
+                "true_sequential": true_sequential,
+                "target": target,
+                "tune_windows": tune_windows,
+                "tune": tune,
+                "tune_learning_rate": tune_learning_rate,
+                "dampening": dampening,
+                "pruner": pruner,
+                "quantizer": quantizer,
+                "rounds": rounds,
+                "refine": refine,
+                "calibration": calibration,
+                "windows": windows,
+                "seqlen": seqlen,
+            },
+        )
+        for one in (first, *others)
+    ]
+    section = sections[0]
+    if others and (section.format == "dense" or section.bits is None):
+        raise RecipeError(
+            "compress.format: of several formats the first must be one of quantized weights",
+            hint="put dense last, and give --bits",
+        )
     from ctp_cli.models.devices import resolve_device
     from ctp_cli.models.resolve import resolve_model
     from ctp_cli.stages import compress as stage
+    from ctp_cli.stages.convert import convert
 
     if model is None:
         console.note(f"no MODEL given: taking the embedded default, {EMBEDDED}")
     progress = console.progress()
     resolved = resolve_model(model or EMBEDDED, progress)
     path = output or Path(stage.output_name(resolved, section))
+    beside = {one: path.with_name(f"{path.name}-{one}") for one in others if one is not None}
+    for extra in beside.values():
+        refuse_existing(extra, force=force, reads=resolved.path)
     if dry_run:
         plan = stage.dry_run(section, model=resolved, output=path, force=force)
         console.document("compress-plan", plan)
@@ -118,6 +135,8 @@ def compress(
     report = stage.compress(
         section, model=resolved, output=path, device=resolve_device(device), force=force, progress=progress
     )
+    for one, extra in beside.items():
+        convert(one, model=resolve_model(str(path)), output=extra, force=force, progress=progress)
     for note in report.notes:
         console.note(f"note: {note}")
     console.table(
@@ -140,6 +159,8 @@ def compress(
             ("time", time_text(report.seconds)),
         ],
     )
-    console.document("compress", asdict(report) | {"path": str(report.path)})
-    console.result(str(report.path))
+    also = [str(extra) for extra in beside.values()]
+    console.document("compress", asdict(report) | {"path": str(report.path), "also": also})
+    for made in (str(report.path), *also):
+        console.result(made)
     console.next_step(f"ctp learn {report.path} --max-time 10m")

@@ -42,16 +42,14 @@ class Scorer:
         self,
         labels_BT: Tensor,
         *,
-        skip: int = 0,
         prefix: Cache | None = None,
         soft: "SoftTargets | None" = None,
         **inputs: Any,
     ) -> Tensor:
-        """Loss of each label but the first of each row, (B, T - 1) float32; differentiable in `inputs_embeds`.
+        """Loss of each label but the first of each row, (B, T - 1) float32; differentiable in `prefix`.
 
-        `inputs` go to the model as they are, behind the keys and values of `prefix`, which grows. The first `skip` of
-        the model's output positions (a prompt given as embeddings) are left out of the head altogether. With `soft`
-        the loss is the cross-entropy against a mix of label and another model's likeliest tokens.
+        `inputs` go to the model as they are, behind the keys and values of `prefix`, which grows. With `soft` the loss
+        is the cross-entropy against a mix of label and another model's likeliest tokens.
         """
         shape = labels_BT[:, 1:].shape
         tokens_NK, shares_NK = labels_BT[:, 1:].reshape(-1, 1), None
@@ -60,10 +58,10 @@ class Scorer:
         if prefix is not None:
             inputs |= {cache_keyword(self.model): prefix, "use_cache": True}
         if self.head is None:
-            logits = self.model(**{"use_cache": False, **inputs}).logits[:, skip:-1]
+            logits = self.model(**{"use_cache": False, **inputs}).logits[:, :-1]
             surprise_NK = -logits.float().flatten(0, 1).log_softmax(-1).gather(1, tokens_NK)
             return (surprise_NK if shares_NK is None else surprise_NK * shares_NK).sum(-1).view(shape)
-        hidden_ND = self._hidden(**inputs)[:, skip:-1].flatten(0, 1)
+        hidden_ND = self._hidden(**inputs)[:, :-1].flatten(0, 1)
         losses_N: Tensor = _HeadLoss.apply(hidden_ND, self.head.weight, self.head.bias, tokens_NK, shares_NK)
         return losses_N.view(shape)
 
