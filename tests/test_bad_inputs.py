@@ -61,7 +61,7 @@ COMPRESS_CASES = {
     "m that does not divide": (["--sparsity", "2:7"], ["does not divide", "q_proj"]),
     "unknown act order": (["--bits", "4", "--act-order", "sideways"], ["'none', 'column', 'group' or 'static'"]),
     "gptq without bits": (["--sparsity", "0.5", "--format", "gptq"], ["gptq", "give bits"]),
-    "several formats, dense first": (["--bits", "4", "--format", "dense,gptq"], ["the first must be", "put dense last"]),
+    "several formats, dense first": (["--bits", "4", "--format", "dense,gptq"], ["the first must be", "dense last"]),
     "several formats, one unknown": (["--bits", "4", "--format", "gptq,awq"], ["format", "'gptq'", "awq"]),
     "scattered groups in compressed-tensors": (
         ["--bits", "4", "--format", "compressed-tensors", "--act-order", "column"],
