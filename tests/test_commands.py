@@ -170,3 +170,21 @@ def test_several_formats_hold_the_same_codes(trained: Path, place: Path) -> None
         assert all(torch.equal(weights[0][name], other[name]) for name in weights[0])
     manifests = [json.loads((place / name / "ctp.json").read_text()) for name in ("out", "out-ctp", "out-dense")]
     assert [manifest["format"] for manifest in manifests] == ["gptq", "ctp", "dense"]
+
+
+def test_a_kv_prefix_from_learning_to_evaluation(trained: Path, place: Path) -> None:
+    settings = ("--steps", 6, "--tokens", 8, "--batch-size", 2, "--seqlen", 48, "--validate-every", 3,
+                "--text", "pydoc:train", "--validation", "pydoc:validation", "--validation-windows", 4)  # fmt: skip
+    learned = ctp("learn", trained, "--method", "kv-prefix", *settings)
+    assert learned.stdout.splitlines()[-1] == "small-prefix8/prompt.safetensors"
+    assert f"ctp stitch small-prefix8/prompt.safetensors {trained} --format kv" in learned.stderr
+    stitched = ctp("stitch", "small-prefix8", trained, "--format", "kv").stdout.splitlines()[-1]
+    scoring = ("--ppl", "pydoc:test", "--seqlen", 64, "--windows", 6, "--json")
+    scores = [
+        json.loads(ctp("eval", trained, "--prompt", p, *scoring).stdout)["scores"] for p in ("small-prefix8", stitched)
+    ]
+    plain, prompted = scores[0]
+    assert prompted["prompt_tokens"] == 8 and prompted["perplexity"] != plain["perplexity"]
+    assert scores[1][1]["perplexity"] == prompted["perplexity"]
+    refused = CliRunner().invoke(app, ["bench", str(trained), "--prompt", "small-prefix8"])
+    assert refused.exit_code == 2 and "a kv-prefix, and bench times prompts" in refused.stderr
