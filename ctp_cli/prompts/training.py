@@ -70,6 +70,8 @@ class Progressing:
     seconds: float = 0.0
     """Of steps; those of validations, except the first, come beside."""
     validation_seconds: float = 0.0
+    search_seconds: float = 0.0
+    """Of the search for a learning rate."""
     history: list[tuple[int, float]] = field(default_factory=list)
     """(step, validation perplexity)"""
     moments: dict[str, Tensor] = field(default_factory=dict)
@@ -250,7 +252,8 @@ def learn(
     if not resumed:
         started = time.perf_counter()
         state.learning_rate = loop.best_rate(validate, progress)
-        left = None if settings.max_seconds is None else settings.max_seconds - (time.perf_counter() - started)
+        state.search_seconds = time.perf_counter() - started
+        left = None if settings.max_seconds is None else settings.max_seconds - state.search_seconds
         fitting = None if left is None else loop.steps_that_fit(left, first_seconds)
         state.planned_steps = min(steps for steps in (settings.steps, fitting) if steps is not None)
         if accelerator.is_main_process:
@@ -401,7 +404,7 @@ class _Loop:
             return False
         pace = sum(self._step_seconds) / len(self._step_seconds)
         pace += state.validation_seconds / max(1, len(state.history) - 1) / self.settings.validate_every
-        left = max(0.0, limit - state.seconds - state.validation_seconds)
+        left = max(0.0, limit - state.search_seconds - state.seconds - state.validation_seconds)
         most = [self.settings.steps, None if self.teacher is None else state.planned_steps]
         fitting = min(steps for steps in (state.step + math.floor(left / pace), *most) if steps is not None)
         before, state.planned_steps = state.planned_steps, from_main(fitting)

@@ -230,6 +230,9 @@ def test_a_machine_that_gets_slower_or_faster_does_fewer_or_more_steps(
         assert least <= report.steps <= most
     with_both = run(compressed, tmp_path / "both", steps=30, max_time=60.0, patience=1000)
     assert with_both.steps == 30
+    # 8 fast steps and 12 slow ones with each of three rates, at a quarter of a second: 33 s of 60 are left
+    searched = run(compressed, tmp_path / "searched", steps=None, max_time=60.0, patience=1000, learning_rate="auto")
+    assert searched.seconds == pytest.approx(60.0 - 3 * (8 + 12 * 0.25), abs=1.0)
 
 
 def test_a_teacher_s_targets_are_mixed_with_the_labels(tmp_path: Path) -> None:
