@@ -23,6 +23,7 @@ RATE, CLIP = 1e-2, 1.0
 def ctp(model_path: Path, batches_SBT: torch.Tensor, start_PD: torch.Tensor) -> tuple[list[float], list[float]]:
     from accelerate import Accelerator
 
+    from ctp_cli.models.attention import fast_attention
     from ctp_cli.models.loading import load_model
     from ctp_cli.prompts import training
 
@@ -32,7 +33,8 @@ def ctp(model_path: Path, batches_SBT: torch.Tensor, start_PD: torch.Tensor) -> 
     state = training.Progressing(start_PD.clone(), start_PD.clone(), planned_steps=steps, learning_rate=RATE)
     loop = training._Loop(module, state, batches_SBT.flatten(), seqlen, settings, Accelerator(cpu=True), None)
     training.batch_at = lambda ids_T, seqlen, *, step, batch_size, seed: batches_SBT[step]
-    return timed(loop.step, steps)
+    with fast_attention():  # as `ctp learn` has it
+        return timed(loop.step, steps)
 
 
 def peft_loop(model_path: Path, batches_SBT: torch.Tensor, start_PD: torch.Tensor) -> tuple[list[float], list[float]]:
