@@ -15,7 +15,6 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from ctp_cli.errors import InputError
-from ctp_cli.models.attention import fast_attention
 from ctp_cli.models.head import Scorer
 from ctp_cli.models.loading import decoder_embedding
 from ctp_cli.progress import SILENT, Progress
@@ -82,12 +81,11 @@ def perplexity(
     scorer = Scorer(model)
     sums: list[Tensor] = []
     progress.start("perplexity", windows_NT.shape[0])
-    with fast_attention():
-        for ids_BT in windows_NT.to(model.device).split(batch_size):
-            past = None if prefix is None else fresh_copy(prefix, batch_size=ids_BT.shape[0])
-            nll_BT = scorer.nll(ids_BT, prefix=past, input_ids=ids_BT)
-            sums.append(nll_BT.double().sum(dim=1).cpu())
-            progress.advance(ids_BT.shape[0])
+    for ids_BT in windows_NT.to(model.device).split(batch_size):
+        past = None if prefix is None else fresh_copy(prefix, batch_size=ids_BT.shape[0])
+        nll_BT = scorer.nll(ids_BT, prefix=past, input_ids=ids_BT)
+        sums.append(nll_BT.double().sum(dim=1).cpu())
+        progress.advance(ids_BT.shape[0])
     progress.finish()
     if not torch.isfinite(torch.cat(sums)).all():
         raise InputError(

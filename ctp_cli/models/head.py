@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
+from ctp_cli.models.attention import fast_attention
+
 _CHUNK = 256
 """Positions whose logits are in memory at once."""
 
@@ -32,11 +34,17 @@ class Scorer:
     @torch.no_grad()
     def _is_plain(self, head: nn.Linear) -> bool:
         ids = torch.arange(1, 9, device=self.model.device)[None] % head.weight.shape[0]
-        return torch.equal(head(self._hidden(input_ids=ids)), self.model(input_ids=ids, use_cache=False).logits)
+        return torch.equal(head(self._hidden(input_ids=ids)), self._logits(input_ids=ids))
 
     def _hidden(self, **inputs: Any) -> Tensor:
-        hidden: Tensor = self.model.base_model(**{"use_cache": False, **inputs}).last_hidden_state
+        with fast_attention():
+            hidden: Tensor = self.model.base_model(**{"use_cache": False, **inputs}).last_hidden_state
         return hidden
+
+    def _logits(self, **inputs: Any) -> Tensor:
+        with fast_attention():
+            logits: Tensor = self.model(**{"use_cache": False, **inputs}).logits
+        return logits
 
     def nll(
         self,
@@ -58,7 +66,7 @@ class Scorer:
         if prefix is not None:
             inputs |= {cache_keyword(self.model): prefix, "use_cache": True}
         if self.head is None:
-            logits = self.model(**{"use_cache": False, **inputs}).logits[:, :-1]
+            logits = self._logits(**inputs)[:, :-1]
             surprise_NK = -logits.float().flatten(0, 1).log_softmax(-1).gather(1, tokens_NK)
             return (surprise_NK if shares_NK is None else surprise_NK * shares_NK).sum(-1).view(shape)
         hidden_ND = self._hidden(**inputs)[:, :-1].flatten(0, 1)
@@ -69,7 +77,7 @@ class Scorer:
     def likeliest(self, ids_BT: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """The likeliest next tokens after every token but the last, and their probabilities, (B, T - 1, K) both."""
         if self.head is None:
-            parts = [self.model(ids_BT, use_cache=False).logits[:, :-1].float().flatten(0, 1)]
+            parts = [self._logits(input_ids=ids_BT)[:, :-1].float().flatten(0, 1)]
         else:
             hidden_ND = self._hidden(input_ids=ids_BT)[:, :-1].flatten(0, 1)
             parts = [nn.functional.linear(part, self.head.weight, self.head.bias) for part in hidden_ND.split(_CHUNK)]
@@ -83,9 +91,9 @@ class Scorer:
         Both models must have the same head.
         """
         if self.head is None or full.head is None:
-            ours = self.model(ids_BT, use_cache=False).logits.float().log_softmax(-1)
+            ours = self._logits(input_ids=ids_BT).float().log_softmax(-1)
             with torch.no_grad():
-                theirs = full.model(ids_BT, use_cache=False).logits.float().log_softmax(-1)
+                theirs = full._logits(input_ids=ids_BT).float().log_softmax(-1)
             return nn.functional.kl_div(ours, theirs, reduction="none", log_target=True).sum(-1)
         with torch.no_grad():
             wanted_ND = full._hidden(input_ids=ids_BT).flatten(0, 1)

@@ -16,13 +16,12 @@ from ctp_kernels.prefix import key_values_of
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ctp_cli.artifact import folder_fingerprint, manifest_of, refuse_existing, unfinished, workspace
+from ctp_cli.artifact import file_fingerprint, folder_fingerprint, manifest_of, refuse_existing, unfinished, workspace
 from ctp_cli.benchmark.figures import learning_figure
 from ctp_cli.data.sources import Text, known_names, load_text
 from ctp_cli.data.windows import token_ids, windows
 from ctp_cli.errors import InputError, RecipeError
 from ctp_cli.evaluation.perplexity import perplexity
-from ctp_cli.models.attention import fast_attention
 from ctp_cli.models.head import Scorer
 from ctp_cli.models.loading import decoder_embedding, load_model, load_tokenizer
 from ctp_cli.models.resolve import ResolvedModel
@@ -39,16 +38,10 @@ from ctp_cli.prompts.file import (
     load_prompt,
     save_prompt,
 )
+from ctp_cli.prompts.losses import KvPrefixLoss, SoftPromptLoss
 from ctp_cli.prompts.prefix import prefix_of, rows_prefix
 from ctp_cli.prompts.teacher import FILES, Teacher
-from ctp_cli.prompts.training import (
-    KvPrefixLoss,
-    LearningSettings,
-    Progressing,
-    SoftPromptLoss,
-    learn,
-    random_rows,
-)
+from ctp_cli.prompts.training import LearningSettings, Progressing, learn, random_rows
 from ctp_cli.recipe import LearnSection
 from ctp_cli.stages.compress import default_text
 
@@ -108,9 +101,11 @@ def learn_prompt(
         text=validation,
         at_least=2,
     )
+    earlier = _earlier_file(section)
     identity = {
         "models": [{"name": one.name, "sha256": folder_fingerprint(one.path)} for one in models],
         "teacher": None if teacher is None else folder_fingerprint(teacher.path),
+        "init": None if earlier is None else file_fingerprint(earlier),
         "learn": section.model_dump(exclude={"text", "validation", "tracker"}),
         "text": {"source": text.source, "sha256": text.sha256},
         "validation": {"source": validation.source, "sha256": validation.sha256},
@@ -153,18 +148,17 @@ def learn_prompt(
         accelerator.init_trackers("learn")
         unprompted = validate(prompted=False)
         progress.say(f"validation perplexity without a prompt: {unprompted:.3f}")
-        with fast_attention():
-            state = learn(
-                module,
-                ids_T,
-                seqlen=section.seqlen,
-                settings=_settings(section),
-                validate=validate,
-                accelerator=accelerator,
-                state_path=state_path,
-                teacher=None if teacher is None else _teacher(section, teacher, state_path.parent, device),
-                progress=progress,
-            )
+        state = learn(
+            module,
+            ids_T,
+            seqlen=section.seqlen,
+            settings=_settings(section),
+            validate=validate,
+            accelerator=accelerator,
+            state_path=state_path,
+            teacher=None if teacher is None else _teacher(section, teacher, state_path.parent, device),
+            progress=progress,
+        )
         accelerator.end_training()
         report = _report(output, state, unprompted)
         if space is None:
@@ -294,9 +288,10 @@ def _start(
 def _earlier(
     section: LearnSection, network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, model: ResolvedModel
 ) -> AnyPrompt | None:
-    if section.init is None or section.init.startswith(_TEXT):
+    file = _earlier_file(section)
+    if file is None:
         return None
-    prompt = load_prompt(Path(section.init))
+    prompt = load_prompt(file)
     check_fits(prompt, tokenizer=tokenizer, embedding=decoder_embedding(network).weight, model=str(model.path))
     if prompt.num_virtual_tokens != section.tokens:
         raise InputError(
@@ -304,6 +299,14 @@ def _earlier(
             hint=f"use --tokens {prompt.num_virtual_tokens}",
         )
     return prompt
+
+
+def _earlier_file(section: LearnSection) -> Path | None:
+    if section.init is None or section.init.startswith(_TEXT):
+        return None
+    path = Path(section.init)
+    load_prompt(path)  # a bad prompt is said before anything else is done
+    return path / PROMPT_FILE if path.is_dir() else path
 
 
 def _words(init: str) -> Text:

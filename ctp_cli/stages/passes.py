@@ -98,17 +98,16 @@ class Passes:
         return read_json(record)
 
     def _tune(self, what: Literal["scales", "weights"], ids_NT: Tensor) -> Tuned:
-        with fast_attention():
-            return tune(
-                self.network,
-                load_model(self.original, device=str(ids_NT.device)),
-                self.blocks,
-                ids_NT,
-                what=what,
-                group_size=self.job.tuned_group_size(self.blocks),
-                learning_rate=self.job.section.tune_learning_rate,
-                progress=self.progress,
-            )
+        return tune(
+            self.network,
+            load_model(self.original, device=str(ids_NT.device)),
+            self.blocks,
+            ids_NT,
+            what=what,
+            group_size=self.job.tuned_group_size(self.blocks),
+            learning_rate=self.job.section.tune_learning_rate,
+            progress=self.progress,
+        )
 
     def _pass(
         self, folder: Path, rule: SolverRule, settings: LayerFormat | None, ids_NT: Tensor

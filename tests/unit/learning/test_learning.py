@@ -19,8 +19,9 @@ from ctp_cli.models.resolve import resolve_model
 from ctp_cli.progress import SilentProgress
 from ctp_cli.prompts import training
 from ctp_cli.prompts.file import load_prompt
+from ctp_cli.prompts.losses import SoftPromptLoss
 from ctp_cli.prompts.prefix import prefix_of
-from ctp_cli.prompts.training import SoftPromptLoss, batch_at, learning_rate_at
+from ctp_cli.prompts.training import batch_at, learning_rate_at
 from ctp_cli.recipe import CompressSection, LearnSection
 from ctp_cli.stages.compress import compress
 from ctp_cli.stages.learn import LearnReport, learn_prompt

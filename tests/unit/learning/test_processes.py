@@ -34,10 +34,10 @@ def test_two_processes_learn_what_one_learns_and_go_on_after_a_kill(compressed: 
         # said once, by the main process
         assert done.stdout.count("learned 8 prompt tokens") == 1
         assert done.stdout.splitlines()[-1] == str(tmp_path / str(processes) / "prompt.safetensors")
+    assert (load_prompt(tmp_path / "1").metadata.steps or 0) > 0  # or equal prompts would say nothing
     one, two = (load_prompt(tmp_path / name).embeddings for name in "12")
     # the same sums in another order, through 48 steps of AdamW
     torch.testing.assert_close(one, two, rtol=0, atol=2e-3)
-    assert not torch.equal(one, torch.zeros_like(one))
 
     state = tmp_path / "cut.partial" / "state.safetensors"
     running = subprocess.Popen(_command(2, compressed, tmp_path / "cut"), stderr=subprocess.DEVNULL)

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM
 
 from ctp_cli.errors import InputError
 from ctp_cli.prompts.file import KvPrefix, load_prompt, save_prompt
+from ctp_cli.prompts.losses import KvPrefixLoss
 from ctp_cli.prompts.prefix import prefix_of
-from ctp_cli.prompts.training import KvPrefixLoss
 from ctp_cli.recipe import StitchSection
 from ctp_cli.stages.stitch import stitch
 
