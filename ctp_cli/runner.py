@@ -154,7 +154,11 @@ class _Builder:
         options: dict[str, Any] = {"device": self.device, "force": self.force, "progress": self.progress}
         return self._add(
             "prompt",
-            [section.model_dump(), _text_key(section.text), _text_key(section.validation)],
+            [
+                section.model_dump(),
+                *(_text_key(text) for text in (section.text, section.validation)),
+                *(_place_key(place) for place in (section.init, section.teacher) if place is not None),
+            ],
             upstream,
             lambda output: learn_prompt(
                 section,
@@ -241,6 +245,12 @@ class _Builder:
                 space.finish({"recipe": self.plan.recipe.model_dump(), "results": texts})
 
         return self._add(REPORT, None, upstream, draw)
+
+
+def _place_key(place: str) -> str:
+    """As `_text_key`, of a prompt or model: a file, a folder, or a name."""
+    path = Path(place)
+    return artifact.folder_fingerprint(path) if path.is_dir() else str(_text_key(place))
 
 
 def _text_key(spec: str | None) -> str | None:

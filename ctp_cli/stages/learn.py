@@ -8,12 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import LoggerType, ProjectConfiguration
-from ctp_kernels.prefix import key_values_of
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ctp_cli.artifact import file_fingerprint, folder_fingerprint, manifest_of, refuse_existing, unfinished, workspace
@@ -28,29 +25,25 @@ from ctp_cli.models.resolve import ResolvedModel
 from ctp_cli.progress import SILENT, Progress
 from ctp_cli.prompts.file import (
     PROMPT_FILE,
-    AnyPrompt,
     KvPrefix,
     Prompt,
     PromptMetadata,
-    check_fits,
     fingerprint_embedding,
     fingerprint_tokenizer,
-    load_prompt,
     save_prompt,
 )
 from ctp_cli.prompts.losses import KvPrefixLoss, SoftPromptLoss
-from ctp_cli.prompts.prefix import prefix_of, rows_prefix
 from ctp_cli.prompts.teacher import FILES, Teacher
-from ctp_cli.prompts.training import LearningSettings, Progressing, learn, random_rows
+from ctp_cli.prompts.training import LearningSettings, Progressing, learn
 from ctp_cli.recipe import LearnSection
 from ctp_cli.stages.compress import default_text
+from ctp_cli.stages.start import earlier_file, refuse_strangers, start
 
 KIND = "prompt"
 _STATE = "state.safetensors"
 _HELD_OUT = 0.1
 _DEFAULT_SECONDS = 1800.0
 _LEARNING_RATES = {"soft-prompt": 1e-2, "kv-prefix": 3e-2}
-_TEXT = "text:"
 
 
 @dataclass(frozen=True)
@@ -101,7 +94,7 @@ def learn_prompt(
         text=validation,
         at_least=2,
     )
-    earlier = _earlier_file(section)
+    earlier = earlier_file(section)
     identity = {
         "models": [{"name": one.name, "sha256": folder_fingerprint(one.path)} for one in models],
         "teacher": None if teacher is None else folder_fingerprint(teacher.path),
@@ -118,13 +111,13 @@ def learn_prompt(
             hint="choose a multiple",
         )
     networks = [load_model(one.path, device=device) for one in models]
-    _refuse_strangers(models, networks, tokenizer)
+    refuse_strangers(models, networks, tokenizer)
     if teacher is not None and fingerprint_tokenizer(load_tokenizer(teacher.path)) != fingerprint_tokenizer(tokenizer):
         raise InputError(
             f"{teacher.path} has another tokenizer than {model.path}", hint="a teacher reads the same tokens"
         )
-    start = _start(section, networks[0], tokenizer, ids_T, model)
-    module = (SoftPromptLoss if section.method == "soft-prompt" else KvPrefixLoss)(networks, start)
+    begin = start(section, networks[0], tokenizer, ids_T, model)
+    module = (SoftPromptLoss if section.method == "soft-prompt" else KvPrefixLoss)(networks, begin)
     main = accelerator.is_main_process
     place = workspace(output, kind=KIND, identity=identity, force=force) if main else contextlib.nullcontext()
     with place as space:
@@ -241,90 +234,6 @@ def _teacher(section: LearnSection, model: ResolvedModel, folder: Path, device: 
     return Teacher(
         lambda: Scorer(load_model(model.path, device=device)), folder, section.teacher_share, section.teacher_tokens
     )
-
-
-def _refuse_strangers(
-    models: Sequence[ResolvedModel], networks: Sequence[PreTrainedModel], tokenizer: PreTrainedTokenizerBase
-) -> None:
-    expected = fingerprint_tokenizer(tokenizer), fingerprint_embedding(decoder_embedding(networks[0]).weight)
-    for model, network in zip(models[1:], networks[1:], strict=True):
-        found = (
-            fingerprint_tokenizer(load_tokenizer(model.path)),
-            fingerprint_embedding(decoder_embedding(network).weight),
-        )
-        if found != expected:
-            raise InputError(
-                f"{model.path} is no compression of the model that {models[0].path} comes from",
-                hint="one prompt is learned for compressions of one model",
-            )
-
-
-def _start(
-    section: LearnSection,
-    network: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    ids_T: Tensor,
-    model: ResolvedModel,
-) -> Tensor:
-    """What learning starts from: rows, or keys and values, float32."""
-    soft = section.method == "soft-prompt"
-    earlier = _earlier(section, network, tokenizer, model)
-    if isinstance(earlier, KvPrefix) and soft:
-        raise InputError(f"{section.init} is a kv-prefix, which has no rows", hint="use --method kv-prefix")
-    if isinstance(earlier, Prompt) and soft:
-        return earlier.embeddings
-    if earlier is not None:
-        return key_values_of(prefix_of(earlier, network, name=str(model.path))).float().cpu()
-    if section.init is not None:
-        words_T = _repeated(token_ids(_words(section.init), tokenizer), section.tokens)
-        rows_PD = decoder_embedding(network)(words_T.to(network.device)).detach().float()
-    elif soft:
-        return _random_start(section, network, tokenizer)
-    else:
-        rows_PD = decoder_embedding(network)(ids_T[: section.tokens].to(network.device)).detach().float()
-    return (rows_PD if soft else key_values_of(rows_prefix(rows_PD, network)).float()).cpu()
-
-
-def _earlier(
-    section: LearnSection, network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, model: ResolvedModel
-) -> AnyPrompt | None:
-    file = _earlier_file(section)
-    if file is None:
-        return None
-    prompt = load_prompt(file)
-    check_fits(prompt, tokenizer=tokenizer, embedding=decoder_embedding(network).weight, model=str(model.path))
-    if prompt.num_virtual_tokens != section.tokens:
-        raise InputError(
-            f"{section.init} has {prompt.num_virtual_tokens} tokens, asked for are {section.tokens}",
-            hint=f"use --tokens {prompt.num_virtual_tokens}",
-        )
-    return prompt
-
-
-def _earlier_file(section: LearnSection) -> Path | None:
-    if section.init is None or section.init.startswith(_TEXT):
-        return None
-    path = Path(section.init)
-    load_prompt(path)  # a bad prompt is said before anything else is done
-    return path / PROMPT_FILE if path.is_dir() else path
-
-
-def _words(init: str) -> Text:
-    return Text("init", init, init.removeprefix(_TEXT))
-
-
-def _repeated(ids_T: Tensor, count: int) -> Tensor:
-    if not ids_T.numel():
-        raise InputError("learn.init: text: without words", hint="write text:SOME WORDS")
-    return ids_T.repeat(-(-count // ids_T.numel()))[:count]
-
-
-def _random_start(section: LearnSection, network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Tensor:
-    special = set(tokenizer.all_special_ids)
-    known = min(len(tokenizer), decoder_embedding(network).num_embeddings)
-    usable = torch.tensor([i for i in range(known) if i not in special])
-    generator = torch.Generator().manual_seed(section.seed)
-    return random_rows(decoder_embedding(network), section.tokens, usable, generator).cpu()
 
 
 def _rates(section: LearnSection) -> tuple[float, ...]:

@@ -1,0 +1,114 @@
+"""Where learning starts: random rows, words, an earlier prompt, or the text's own keys and values."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from ctp_kernels.prefix import key_values_of
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ctp_cli.data.sources import Text
+from ctp_cli.data.windows import token_ids
+from ctp_cli.errors import InputError
+from ctp_cli.models.loading import decoder_embedding, load_tokenizer
+from ctp_cli.models.resolve import ResolvedModel
+from ctp_cli.prompts.file import (
+    PROMPT_FILE,
+    AnyPrompt,
+    KvPrefix,
+    Prompt,
+    check_fits,
+    fingerprint_embedding,
+    fingerprint_tokenizer,
+    load_prompt,
+)
+from ctp_cli.prompts.prefix import prefix_of, rows_prefix
+from ctp_cli.prompts.training import random_rows
+from ctp_cli.recipe import LearnSection
+
+_TEXT = "text:"
+
+
+def refuse_strangers(
+    models: Sequence[ResolvedModel], networks: Sequence[PreTrainedModel], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    expected = fingerprint_tokenizer(tokenizer), fingerprint_embedding(decoder_embedding(networks[0]).weight)
+    for model, network in zip(models[1:], networks[1:], strict=True):
+        found = (
+            fingerprint_tokenizer(load_tokenizer(model.path)),
+            fingerprint_embedding(decoder_embedding(network).weight),
+        )
+        if found != expected:
+            raise InputError(
+                f"{model.path} is no compression of the model that {models[0].path} comes from",
+                hint="one prompt is learned for compressions of one model",
+            )
+
+
+def start(
+    section: LearnSection,
+    network: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    ids_T: Tensor,
+    model: ResolvedModel,
+) -> Tensor:
+    """What learning starts from: rows, or keys and values, float32."""
+    soft = section.method == "soft-prompt"
+    earlier = _earlier(section, network, tokenizer, model)
+    if isinstance(earlier, KvPrefix) and soft:
+        raise InputError(f"{section.init} is a kv-prefix, which has no rows", hint="use --method kv-prefix")
+    if isinstance(earlier, Prompt) and soft:
+        return earlier.embeddings
+    if earlier is not None:
+        return key_values_of(prefix_of(earlier, network, name=str(model.path))).float().cpu()
+    if section.init is not None:
+        words_T = _repeated(token_ids(_words(section.init), tokenizer), section.tokens)
+        rows_PD = decoder_embedding(network)(words_T.to(network.device)).detach().float()
+    elif soft:
+        return _random_start(section, network, tokenizer)
+    else:
+        rows_PD = decoder_embedding(network)(ids_T[: section.tokens].to(network.device)).detach().float()
+    return (rows_PD if soft else key_values_of(rows_prefix(rows_PD, network)).float()).cpu()
+
+
+def _earlier(
+    section: LearnSection, network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, model: ResolvedModel
+) -> AnyPrompt | None:
+    file = earlier_file(section)
+    if file is None:
+        return None
+    prompt = load_prompt(file)
+    check_fits(prompt, tokenizer=tokenizer, embedding=decoder_embedding(network).weight, model=str(model.path))
+    if prompt.num_virtual_tokens != section.tokens:
+        raise InputError(
+            f"{section.init} has {prompt.num_virtual_tokens} tokens, asked for are {section.tokens}",
+            hint=f"use --tokens {prompt.num_virtual_tokens}",
+        )
+    return prompt
+
+
+def earlier_file(section: LearnSection) -> Path | None:
+    if section.init is None or section.init.startswith(_TEXT):
+        return None
+    path = Path(section.init)
+    load_prompt(path)  # a bad prompt is said before anything else is done
+    return path / PROMPT_FILE if path.is_dir() else path
+
+
+def _words(init: str) -> Text:
+    return Text("init", init, init.removeprefix(_TEXT))
+
+
+def _repeated(ids_T: Tensor, count: int) -> Tensor:
+    if not ids_T.numel():
+        raise InputError("learn.init: text: without words", hint="write text:SOME WORDS")
+    return ids_T.repeat(-(-count // ids_T.numel()))[:count]
+
+
+def _random_start(section: LearnSection, network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    special = set(tokenizer.all_special_ids)
+    known = min(len(tokenizer), decoder_embedding(network).num_embeddings)
+    usable = torch.tensor([i for i in range(known) if i not in special])
+    generator = torch.Generator().manual_seed(section.seed)
+    return random_rows(decoder_embedding(network), section.tokens, usable, generator).cpu()
