@@ -6,6 +6,7 @@ T=tokens O=out_features I=in_features
 from typing import Any
 
 import torch
+from ctp_kernels.arithmetic import wide
 from ctp_kernels.ragged import row_starts, unpack_bits
 from ctp_kernels.unpack import dense_rows
 from torch import Tensor, nn
@@ -82,8 +83,9 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TI: Tensor, layer: PackedLinear) -> Tensor:
         ctx.layer = layer
-        return functional.linear(x_TI, layer.dense(x_TI.dtype))
+        return functional.linear(wide(x_TI), layer.dense(wide(x_TI).dtype)).to(x_TI.dtype)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return gradients[0] @ ctx.layer.dense(gradients[0].dtype), None
+        outer_TO = wide(gradients[0])
+        return (outer_TO @ ctx.layer.dense(outer_TO.dtype)).to(gradients[0].dtype), None

@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from ctp_kernels.arithmetic import fast_arithmetic, wide
 from ctp_kernels.prefix import cache_keyword
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
-
-from ctp_cli.models.attention import fast_attention
 
 _CHUNK = 256
 """Positions whose logits are in memory at once."""
@@ -34,15 +33,16 @@ class Scorer:
     @torch.no_grad()
     def _is_plain(self, head: nn.Linear) -> bool:
         ids = torch.arange(1, 9, device=self.model.device)[None] % head.weight.shape[0]
-        return torch.equal(head(self._hidden(input_ids=ids)), self._logits(input_ids=ids))
+        with fast_arithmetic():
+            return torch.equal(head(self._hidden(input_ids=ids)), self._logits(input_ids=ids))
 
     def _hidden(self, **inputs: Any) -> Tensor:
-        with fast_attention():
+        with fast_arithmetic():
             hidden: Tensor = self.model.base_model(**{"use_cache": False, **inputs}).last_hidden_state
         return hidden
 
     def _logits(self, **inputs: Any) -> Tensor:
-        with fast_attention():
+        with fast_arithmetic():
             logits: Tensor = self.model(**{"use_cache": False, **inputs}).logits
         return logits
 
@@ -80,8 +80,9 @@ class Scorer:
             parts = [self._logits(input_ids=ids_BT)[:, :-1].float().flatten(0, 1)]
         else:
             hidden_ND = self._hidden(input_ids=ids_BT)[:, :-1].flatten(0, 1)
-            parts = [nn.functional.linear(part, self.head.weight, self.head.bias) for part in hidden_ND.split(_CHUNK)]
-        tops = [part.float().softmax(-1).topk(count, dim=-1) for part in parts]
+            weight_VD = wide(self.head.weight)
+            parts = [_head_logits(part, weight_VD, self.head.bias) for part in hidden_ND.split(_CHUNK)]
+        tops = [part.softmax(-1).topk(count, dim=-1) for part in parts]
         shape = (ids_BT.shape[0], ids_BT.shape[1] - 1, count)
         return torch.cat([t.indices for t in tops]).view(shape), torch.cat([t.values for t in tops]).view(shape)
 
@@ -119,6 +120,12 @@ class SoftTargets:
         return torch.cat([labels_N1, self.tokens_BTK.flatten(0, 1).to(labels_N1)], dim=1), shares_NK
 
 
+def _head_logits(hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None) -> Tensor:
+    """(N, V) float32, multiplied in the dtype of the weight."""
+    bias_V = None if bias_V is None else bias_V.to(weight_VD.dtype)
+    return nn.functional.linear(hidden_ND.to(weight_VD.dtype), weight_VD, bias_V).float()
+
+
 class _HeadLoss(torch.autograd.Function):
     """Cross-entropy of a frozen head, chunk by chunk; gradients are made in the forward pass, while logits exist."""
 
@@ -134,9 +141,10 @@ class _HeadLoss(torch.autograd.Function):
         losses_N = torch.empty(tokens_NK.shape[0], dtype=torch.float32, device=hidden_ND.device)
         wants_gradient = ctx.needs_input_grad[0]
         gradient_ND = torch.empty_like(hidden_ND) if wants_gradient else None
+        weight_VD = wide(weight_VD)
         for start in range(0, tokens_NK.shape[0], _CHUNK):
             part = slice(start, start + _CHUNK)
-            logits_CV = nn.functional.linear(hidden_ND[part], weight_VD, bias_V).float()
+            logits_CV = _head_logits(hidden_ND[part], weight_VD, bias_V)
             normalizer_C = torch.logsumexp(logits_CV, dim=-1)
             tokens_CK = tokens_NK[part]
             shares_CK = torch.ones_like(tokens_CK, dtype=torch.float32) if shares_NK is None else shares_NK[part]
@@ -161,10 +169,11 @@ class _HeadDivergence(torch.autograd.Function):
     def forward(ctx: Any, hidden_ND: Tensor, wanted_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None) -> Tensor:
         divergences_N = torch.empty(hidden_ND.shape[0], dtype=torch.float32, device=hidden_ND.device)
         gradient_ND = torch.empty_like(hidden_ND)
+        weight_VD = wide(weight_VD)
         for start in range(0, hidden_ND.shape[0], _CHUNK):
             part = slice(start, start + _CHUNK)
-            ours_CV = nn.functional.linear(hidden_ND[part], weight_VD, bias_V).float().log_softmax(-1)
-            theirs_CV = nn.functional.linear(wanted_ND[part], weight_VD, bias_V).float().log_softmax(-1)
+            ours_CV = _head_logits(hidden_ND[part], weight_VD, bias_V).log_softmax(-1)
+            theirs_CV = _head_logits(wanted_ND[part], weight_VD, bias_V).log_softmax(-1)
             share_CV = theirs_CV.exp()
             divergences_N[part] = (share_CV * theirs_CV.sub_(ours_CV)).sum(-1)
             gradient_ND[part] = ours_CV.exp_().sub_(share_CV).to(weight_VD.dtype) @ weight_VD

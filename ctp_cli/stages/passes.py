@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from ctp_kernels.arithmetic import fast_arithmetic
 from ctp_kernels.memory import keep_freed_memory
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -18,7 +19,6 @@ from ctp_cli.compression.solver import SolverRule
 from ctp_cli.compression.tuning import Tuned, tune
 from ctp_cli.errors import SolverError
 from ctp_cli.files import read_json, write_json
-from ctp_cli.models.attention import fast_attention
 from ctp_cli.models.blocks import (
     Block,
     LinearLayer,
@@ -113,7 +113,7 @@ class Passes:
         self, folder: Path, rule: SolverRule, settings: LayerFormat | None, ids_NT: Tensor
     ) -> list[dict[str, Any]]:
         """Solve every block and write it to its shard. What became of every layer."""
-        with fast_attention():
+        with fast_arithmetic():
             return self._solve_blocks(folder, rule, settings, ids_NT)
 
     def _solve_blocks(

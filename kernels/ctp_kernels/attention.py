@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ctp_kernels.cpu.build import load
+from ctp_kernels.cpu.build import AVX512_BF16, load
 
 
 def causal_attention(q_BHTD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, scale: float) -> Tensor | None:
@@ -81,11 +81,7 @@ def _description(q_BHTD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, scale: float) -
 
 
 def _library() -> ctypes.CDLL | None:
-    library = load(
-        "attention_bf16",
-        needs=("avx512f", "avx512bw", "avx512_bf16"),
-        flags=("-mavx512f", "-mavx512bw", "-mavx512bf16"),
-    )
+    library = load("attention_bf16", AVX512_BF16)
     if library is None:
         return None
     pointer = ctypes.c_void_p

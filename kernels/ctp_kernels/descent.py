@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ctp_kernels.cpu.build import load
+from ctp_kernels.cpu.build import AVX2, AVX512, AVX512_BF16, load
 
 _MODES = 16
 """Leading eigenvectors in the preconditioner; the compiled kernel's registers hold this many."""
@@ -25,10 +25,10 @@ class Quadratic:
     eigenvectors: two steps with it come as near to the solution as four with the diagonal alone.
 
     Shapes: H_II (I, I) float32.
-    On a CPU with AVX-512 BF16 and a C++ compiler its products are bfloat16, and the rest of a step of conjugate
-    gradients is one compiled pass over memory. Residuals are then good to about 0.4%, which a few steps do not notice;
-    it would be the limit of many. The leading mode stays float32: where inputs hardly differ, rounding it would leave
-    H with negative eigenvalues.
+    On a CPU with AVX2 and a C++ compiler all of a step of conjugate gradients but the product with H is one compiled
+    pass over memory. With AVX-512 BF16 products are bfloat16: residuals are then good to about 0.4%, which a few steps
+    do not notice; it would be the limit of many. The leading mode stays float32: where inputs hardly differ, rounding
+    it would leave H with negative eigenvalues.
     """
 
     def __init__(self, H_II: Tensor) -> None:
@@ -36,13 +36,16 @@ class Quadratic:
         self._scale_I = self.diagonal_I.rsqrt()
         self._modes_IR, self._inverse_R, leading_I = _leading_modes(H_II * self._scale_I * self._scale_I[:, None])
         self._library = _library() if H_II.device.type == "cpu" else None
+        self._narrow = self._library is not None and self._library.factor_bytes() == 2
         self._H_II, self._leading_I = H_II, leading_I / self._scale_I
-        if self._library is not None:
+        if self._narrow:
             self._H_II = torch.addr(H_II, self._leading_I, self._leading_I, alpha=-1).bfloat16()
+        else:
+            self._leading_I.zero_()  # H is whole
 
     def product(self, x_OI: Tensor) -> Tensor:
         """x H, (O, I) float32."""
-        if self._library is None:
+        if not self._narrow:
             return x_OI @ self._H_II
         product_OI = (x_OI.bfloat16() @ self._H_II).float()
         return product_OI.addr_(x_OI @ self._leading_I, self._leading_I)
@@ -59,7 +62,8 @@ class Quadratic:
             self._descend(fit, keep_OI, steps)
             return
         core_ORR = torch.empty(keep_OI.shape[0], _MODES, _MODES)
-        direction_OI, next_OI = torch.empty_like(fit.values_OI), torch.empty(keep_OI.shape, dtype=torch.bfloat16)
+        direction_OI = torch.empty_like(fit.values_OI)
+        next_OI = torch.empty(keep_OI.shape, dtype=torch.bfloat16) if self._narrow else direction_OI
         products_O, modes_RI = torch.empty(keep_OI.shape[0]), self._modes_IR.T.contiguous()
         shared = _Shared(
             *(x.data_ptr() for x in (self._scale_I, self._modes_IR, modes_RI, self._inverse_R, self._leading_I)),
@@ -149,11 +153,8 @@ class _State(ctypes.Structure):
 
 
 def _library() -> ctypes.CDLL | None:
-    library = load(
-        "descent",
-        needs=("avx512f", "avx512bw", "avx512vl", "avx512_bf16"),
-        flags=("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512bf16"),
-    )
+    # with AMX or BF16 instructions products in bfloat16 are the fastest; with AVX-512 alone as with AVX2, float32
+    library = load("descent", AVX512_BF16, AVX512, AVX2)
     if library is None:
         return None
     shared, state = ctypes.POINTER(_Shared), ctypes.POINTER(_State)

@@ -8,7 +8,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from ctp_kernels.cpu.build import cpu_features, load
+from ctp_kernels.cpu.build import AVX512_BF16, cpu_features, load
 
 _STRIP = 256
 
@@ -40,11 +40,7 @@ def add_gram(H_II: Tensor, x_TI: Tensor) -> None:
 def _kernel() -> "ctypes._NamedFuncPointer | None":
     if "amx_bf16" in cpu_features():
         return None
-    library = load(
-        "gram_bf16",
-        needs=("avx512f", "avx512bw", "avx512_bf16"),
-        flags=("-mavx512f", "-mavx512bw", "-mavx512bf16"),
-    )
+    library = load("gram_bf16", AVX512_BF16)
     if library is None:
         return None
     function = library.gram_bf16

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
+from ctp_kernels.arithmetic import where_slow
+
 
 @torch.no_grad()
 def prefix_cache(model: nn.Module, prompt_embeddings: Tensor) -> Cache:
@@ -31,7 +33,8 @@ def prefix_cache(model: nn.Module, prompt_embeddings: Tensor) -> Cache:
     if not len(prompt_embeddings):
         raise ValueError("a prefix needs at least one prompt row")
     inputs_1PD = prompt_embeddings.to(embedding.device, embedding.dtype)[None]
-    return cache_of(model(inputs_embeds=inputs_1PD, use_cache=True, logits_to_keep=1))
+    with where_slow(inputs_1PD):
+        return cache_of(model(inputs_embeds=inputs_1PD, use_cache=True, logits_to_keep=1))
 
 
 def key_values_of(cache: Cache) -> Tensor:

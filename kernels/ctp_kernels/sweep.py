@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ctp_kernels.cpu.build import load
+from ctp_kernels.cpu.build import AVX2, AVX512, load
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ def sweep_columns(
     of the inverse Hessian; errors_CO (C, O) float32 receives errors divided by U's diagonal; keep_CO (C, O) bool, False
     where an input is pruned; codes_CO (C, O) uint8 receives codes, the zero point for pruned weights. All but U_CC
     are contiguous, U_CC's rows are.
-    Without `grids` inputs are only pruned. On a CPU with AVX-512 and a C++ compiler a compiled loop does it, threads
+    Without `grids` inputs are only pruned. On a CPU with AVX2 and a C++ compiler a compiled loop does it, threads
     taking outputs; results are the same on any number of threads, and differ from those without it by rounding.
     Source: GPTQ (arXiv:2210.17323), algorithm 1; SparseGPT (arXiv:2301.00774), algorithm 1.
     """
@@ -186,18 +186,7 @@ def improve_codes(
 
 
 def _library() -> ctypes.CDLL | None:
-    library = load(
-        "sweep",
-        needs=("avx512f", "avx512bw", "avx512vl"),
-        flags=(
-            "-mavx512f",
-            "-mavx512bw",
-            "-mavx512vl",
-            "-mprefer-vector-width=512",
-            "-fno-math-errno",
-            "-fno-trapping-math",
-        ),
-    )
+    library = load("sweep", AVX512, AVX2)
     if library is None:
         return None
     pointer, number, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float

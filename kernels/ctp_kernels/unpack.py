@@ -8,7 +8,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from ctp_kernels.cpu.build import load
+from ctp_kernels.cpu.build import AVX512_BF16, load
 from ctp_kernels.ragged import unpack_bits, unpack_kept
 
 
@@ -62,11 +62,7 @@ def dense_rows(
 
 
 def _library() -> ctypes.CDLL | None:
-    library = load(
-        "unpack",
-        needs=("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16", "popcnt"),
-        flags=("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16", "-mpopcnt"),
-    )
+    library = load("unpack", AVX512_BF16)
     if library is None:
         return None
     pointer, number = ctypes.c_void_p, ctypes.c_int64

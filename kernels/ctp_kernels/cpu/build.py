@@ -1,9 +1,10 @@
 """Compile a C++ file of this folder at first use, with the system's compiler, into a cache; load it by ctypes.
 
-    library = load("gram_bf16", needs=("avx512f", "avx512bw", "avx512_bf16"), flags=("-mavx512bf16",))
+    library = load("gram_bf16", AVX512_BF16)
+    library = load("sweep", AVX512, AVX2)
 
-A machine without the processor features or without a compiler gets None, and one line in the log that says why; the
-caller then does without.
+The first of the given levels that the processor has is taken. A machine that has none, or no compiler, gets None, and
+one line in the log that says why; the caller then does without.
 """
 
 import ctypes
@@ -15,28 +16,57 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 log = logging.getLogger(__name__)
 
 _COMPILERS = ("c++", "g++", "clang++")
+_OPTIONS = (
+    "-O3",
+    "-std=c++17",
+    "-ffp-contract=fast",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-Wno-psabi",
+    "-shared",
+    "-fPIC",
+    "-pthread",
+)
 _SECONDS = 120
 
 
-@functools.cache
-def load(name: str, *, needs: tuple[str, ...], flags: tuple[str, ...]) -> ctypes.CDLL | None:
-    """The shared library made of NAME.cpp, or None where this machine cannot run or make it.
+@dataclass(frozen=True)
+class Level:
+    """Processor features by their names in /proc/cpuinfo, and what tells the compiler of them."""
 
-    `needs` are processor features by their names in /proc/cpuinfo; `flags` go to the compiler. The environment
-    variable CTP_NO_CPU_KERNELS=1 turns all of them off.
+    needs: tuple[str, ...]
+    flags: tuple[str, ...]
+
+
+AVX2 = Level(("avx2", "fma", "f16c"), ("-mavx2", "-mfma", "-mf16c"))
+AVX512 = Level(
+    ("avx512f", "avx512bw", "avx512vl", "avx512dq", "fma", "popcnt"),
+    ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mpopcnt", "-mprefer-vector-width=512"),
+)
+AVX512_BF16 = Level((*AVX512.needs, "avx512_bf16"), (*AVX512.flags, "-mavx512bf16"))
+
+
+@functools.cache
+def load(name: str, *levels: Level) -> ctypes.CDLL | None:
+    """The shared library made of NAME.cpp for the first level this processor has; None where it has none of them.
+
+    The environment variable CTP_NO_CPU_KERNELS=1 turns all of them off.
     """
     if os.environ.get("CTP_NO_CPU_KERNELS") == "1":
         return None
-    if missing := [feature for feature in needs if feature not in cpu_features()]:
+    level = next((level for level in levels if cpu_features().issuperset(level.needs)), None)
+    if level is None:
+        missing = [feature for feature in levels[-1].needs if feature not in cpu_features()]
         log.info("%s: not used, this processor has no %s", name, ", ".join(missing))
         return None
     try:
-        return ctypes.CDLL(str(_built(name, flags)))
+        return ctypes.CDLL(str(_built(name, level.flags)))
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # RuntimeError: there is no home folder
         log.info("%s: not used, it cannot be built or loaded here (%s)", name, error)
         return None
@@ -57,7 +87,7 @@ def _built(name: str, flags: tuple[str, ...]) -> Path:
     compiler = next((found for found in map(shutil.which, _COMPILERS) if found), None)
     if compiler is None:
         raise OSError(f"no C++ compiler ({', '.join(_COMPILERS)})")
-    command = [compiler, "-O3", "-std=c++17", "-shared", "-fPIC", "-pthread", *flags]
+    command = [compiler, *_OPTIONS, *flags]
     sources = b"".join(path.read_bytes() for path in (source, *sorted(source.parent.glob("*.h"))))
     key = hashlib.sha256(sources + repr((command, platform.machine())).encode()).hexdigest()[:16]
     library = cache_folder() / "kernels" / f"{name}-{key}.so"

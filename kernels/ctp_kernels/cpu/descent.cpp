@@ -7,37 +7,50 @@
 //
 // O=problems (outputs) I=unknowns (inputs) of each R=kRank; arrays are contiguous
 
-#include <immintrin.h>
-
 #include <algorithm>
 #include <cstdint>
 #include <vector>
 
+#include "lanes.h"
 #include "threads.h"
 
 namespace {
 
-constexpr int64_t kLanes = 16;
 constexpr int64_t kRank = 16;
 
 // step(first, lanes) for every run of 16 inputs; `lanes` are those that exist
 template <typename Step>
 inline void for_lanes(int64_t inputs, const Step& step) {
-  for (int64_t i = 0; i < inputs; i += kLanes) step(i, __mmask16((1u << std::min(kLanes, inputs - i)) - 1));
+  for (int64_t i = 0; i < inputs; i += kLanes) step(i, first(inputs - i));
 }
 
-inline __m512 floats(__mmask16 lanes, const float* from) { return _mm512_maskz_loadu_ps(lanes, from); }
+// What is multiplied by H: bfloat16 where the processor has products of those, else float.
+#ifdef __AVX512BF16__
 
-inline __m512 widened(__mmask16 lanes, const uint16_t* from) {
+using Factor = uint16_t;
+
+inline Floats widened(Tail lanes, const Factor* from) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, from)), 16));
 }
 
-inline __mmask16 kept(__mmask16 lanes, const uint8_t* keep) {
-  return _mm_test_epi8_mask(_mm_maskz_loadu_epi8(lanes, keep), _mm_set1_epi8(-1));
+inline void narrow(Factor* to, Tail lanes, Floats x) {
+  _mm256_mask_storeu_epi16(to, lanes, (__m256i)_mm512_cvtneps_pbh(x));
 }
 
+#else
+
+using Factor = float;
+
+inline Floats widened(Tail lanes, const Factor* from) { return floats(lanes, from); }
+
+inline void narrow(Factor* to, Tail lanes, Floats x) { store(to, lanes, x); }
+
+#endif
+
 // In place, symmetric and positive definite; Gauss-Jordan, which needs no pivots then.
-inline void invert(__m512 (&rows)[kRank]) {
+#ifdef LANES_AVX512
+
+inline void invert(Floats (&rows)[kRank]) {
 #pragma GCC unroll 16
   for (int pivot = 0; pivot < kRank; ++pivot) {
     const __m512i place = _mm512_set1_epi32(pivot);
@@ -52,6 +65,24 @@ inline void invert(__m512 (&rows)[kRank]) {
     }
   }
 }
+
+#else
+
+inline void invert(Floats (&rows)[kRank]) {
+  for (int pivot = 0; pivot < kRank; ++pivot) {
+    const float factor = 1.0f / rows[pivot][pivot];
+    rows[pivot] *= factor;
+    rows[pivot][pivot] = factor;
+    for (int r = 0; r < kRank; ++r) {
+      if (r == pivot) continue;
+      const float share = rows[r][pivot];
+      rows[r][pivot] = 0.0f;
+      rows[r] -= share * rows[pivot];
+    }
+  }
+}
+
+#endif
 
 }  // namespace
 
@@ -74,7 +105,7 @@ struct State {
   float* values_OI;
   float* residual_OI;
   float* direction_OI;
-  uint16_t* next_OI;  // the direction, bfloat16: what is multiplied by H
+  Factor* next_OI;  // the direction: what is multiplied by H; may be direction_OI itself where it is float
   float* products_O;  // residual times preconditioned residual
 };
 
@@ -85,32 +116,32 @@ namespace {
 // out = S (I - U C U^T) S residual; returns residual^T out
 float precondition(const Shared& shared, const uint8_t* keep, const float* core, const float* residual, float* out) {
   const int64_t inputs = shared.inputs;
-  __m512 sums[kRank];
-  for (auto& sum : sums) sum = _mm512_setzero_ps();
-  for_lanes(inputs, [&](int64_t i, __mmask16 lanes) {
-    const __m512 scale = floats(lanes, shared.scale_I + i);
-    const __m512 scaled = _mm512_maskz_mul_ps(kept(lanes, keep + i), floats(lanes, residual + i), scale);
-    _mm512_mask_storeu_ps(out + i, lanes, scaled);
+  Floats sums[kRank];
+  for (auto& sum : sums) sum = all(0.0f);
+  for_lanes(inputs, [&](int64_t i, Tail lanes) {
+    const Floats scale = floats(lanes, shared.scale_I + i);
+    const Floats scaled = times_where(kept_of(lanes, keep + i), floats(lanes, residual + i), scale);
+    store(out + i, lanes, scaled);
 #pragma GCC unroll 16
     for (int64_t r = 0; r < kRank; ++r)
-      sums[r] = _mm512_fmadd_ps(scaled, floats(lanes, shared.modes_RI + r * inputs + i), sums[r]);
+      sums[r] = times_plus(scaled, floats(lanes, shared.modes_RI + r * inputs + i), sums[r]);
   });
-  __m512 parts = _mm512_setzero_ps();
+  Floats parts = all(0.0f);
   for (int64_t r = 0; r < kRank; ++r)
-    parts = _mm512_fmadd_ps(_mm512_set1_ps(_mm512_reduce_add_ps(sums[r])), _mm512_loadu_ps(core + r * kRank), parts);
+    parts = times_plus(all(sum(sums[r])), whole(core + r * kRank), parts);
   float part[kRank];
-  _mm512_storeu_ps(part, parts);
-  __m512 product = _mm512_setzero_ps();
-  for_lanes(inputs, [&](int64_t i, __mmask16 lanes) {
-    __m512 left = floats(lanes, out + i);
+  store_whole(part, parts);
+  Floats product = all(0.0f);
+  for_lanes(inputs, [&](int64_t i, Tail lanes) {
+    Floats left = floats(lanes, out + i);
 #pragma GCC unroll 16
     for (int64_t r = 0; r < kRank; ++r)
-      left = _mm512_fnmadd_ps(_mm512_set1_ps(part[r]), floats(lanes, shared.modes_RI + r * inputs + i), left);
-    left = _mm512_maskz_mul_ps(kept(lanes, keep + i), left, floats(lanes, shared.scale_I + i));
-    _mm512_mask_storeu_ps(out + i, lanes, left);
-    product = _mm512_fmadd_ps(left, floats(lanes, residual + i), product);
+      left = minus_times(left, all(part[r]), floats(lanes, shared.modes_RI + r * inputs + i));
+    left = times_where(kept_of(lanes, keep + i), left, floats(lanes, shared.scale_I + i));
+    store(out + i, lanes, left);
+    product = times_plus(left, floats(lanes, residual + i), product);
   });
-  return _mm512_reduce_add_ps(product);
+  return sum(product);
 }
 
 // work(first row, one after the last) on every thread
@@ -138,66 +169,68 @@ int begin(const Shared* shared, const State* state) {
         places[count] = i;
         count += keep[i] != 0;
       }
-      __m512 gram[kRank];
-      for (auto& row : gram) row = _mm512_setzero_ps();
+      Floats gram[kRank];
+      for (auto& row : gram) row = all(0.0f);
       for (int64_t kept = 0; kept < count; ++kept) {
         const float* modes = shared->modes_IR + places[kept] * kRank;
-        const __m512 all = _mm512_loadu_ps(modes);
+        const Floats row = whole(modes);
 #pragma GCC unroll 16
-        for (int64_t r = 0; r < kRank; ++r) gram[r] = _mm512_fmadd_ps(_mm512_set1_ps(modes[r]), all, gram[r]);
+        for (int64_t r = 0; r < kRank; ++r) gram[r] = times_plus(all(modes[r]), row, gram[r]);
       }
       for (int64_t r = 0; r < kRank; ++r)
-        gram[r] = _mm512_mask_add_ps(gram[r], __mmask16(1u << r), gram[r], _mm512_set1_ps(shared->inverse_R[r]));
+        gram[r][r] += shared->inverse_R[r];
       invert(gram);
       float* core = state->core_ORR + o * kRank * kRank;
-      for (int64_t r = 0; r < kRank; ++r) _mm512_storeu_ps(core + r * kRank, gram[r]);
+      for (int64_t r = 0; r < kRank; ++r) store_whole(core + r * kRank, gram[r]);
       float* direction = state->direction_OI + o * inputs;
       state->products_O[o] = precondition(*shared, keep, core, state->residual_OI + o * inputs, direction);
-      for_lanes(inputs, [&](int64_t i, __mmask16 lanes) {
-        const __m256i narrow = (__m256i)_mm512_cvtneps_pbh(floats(lanes, direction + i));
-        _mm256_mask_storeu_epi16(state->next_OI + o * inputs + i, lanes, narrow);
+      for_lanes(inputs, [&](int64_t i, Tail lanes) {
+        narrow(state->next_OI + o * inputs + i, lanes, floats(lanes, direction + i));
       });
     }
   });
 }
 
-// One step; curved: H but for its leading mode times the direction, (O, I) bfloat16. Returns as `begin` does.
-int step(const Shared* shared, const State* state, const uint16_t* curved_OI) {
+// One step; curved: H but for its leading mode times the direction, (O, I). Returns as `begin` does.
+int step(const Shared* shared, const State* state, const Factor* curved_OI) {
   return over_rows(*shared, [&](int64_t begin, int64_t end) {
     const int64_t inputs = shared->inputs;
     std::vector<float> turned(inputs);
     for (int64_t o = begin; o < end; ++o) {
-      const uint16_t* c = curved_OI + o * inputs;
+      const Factor* c = curved_OI + o * inputs;
       float *v = state->values_OI + o * inputs, *r = state->residual_OI + o * inputs;
       float* p = state->direction_OI + o * inputs;
-      __m512 sums = _mm512_setzero_ps(), sums_along = _mm512_setzero_ps();
-      for_lanes(inputs, [&](int64_t i, __mmask16 lanes) {
-        const __m512 direction = floats(lanes, p + i);
-        sums = _mm512_fmadd_ps(direction, widened(lanes, c + i), sums);
-        sums_along = _mm512_fmadd_ps(direction, floats(lanes, shared->leading_I + i), sums_along);
+      Floats sums = all(0.0f), sums_along = all(0.0f);
+      for_lanes(inputs, [&](int64_t i, Tail lanes) {
+        const Floats direction = floats(lanes, p + i);
+        sums = times_plus(direction, widened(lanes, c + i), sums);
+        sums_along = times_plus(direction, floats(lanes, shared->leading_I + i), sums_along);
       });
-      const float along = _mm512_reduce_add_ps(sums_along), before = state->products_O[o];
-      const float curvature = _mm512_reduce_add_ps(sums) + along * along;
+      const float along = sum(sums_along), before = state->products_O[o];
+      const float curvature = sum(sums) + along * along;
       const float scale = curvature > 0 ? before / curvature : 0.0f;
-      const __m512 length = _mm512_set1_ps(scale), length_along = _mm512_set1_ps(scale * along);
-      for_lanes(inputs, [&](int64_t i, __mmask16 lanes) {
-        const __m512 value = _mm512_fmadd_ps(length, floats(lanes, p + i), floats(lanes, v + i));
-        __m512 left = _mm512_fnmadd_ps(length, widened(lanes, c + i), floats(lanes, r + i));
-        left = _mm512_fnmadd_ps(length_along, floats(lanes, shared->leading_I + i), left);
-        _mm512_mask_storeu_ps(v + i, lanes, value);
-        _mm512_mask_storeu_ps(r + i, lanes, left);
+      const Floats length = all(scale), length_along = all(scale * along);
+      for_lanes(inputs, [&](int64_t i, Tail lanes) {
+        const Floats value = times_plus(length, floats(lanes, p + i), floats(lanes, v + i));
+        Floats left = minus_times(floats(lanes, r + i), length, widened(lanes, c + i));
+        left = minus_times(left, length_along, floats(lanes, shared->leading_I + i));
+        store(v + i, lanes, value);
+        store(r + i, lanes, left);
       });
       const float* core = state->core_ORR + o * kRank * kRank;
       const float product = precondition(*shared, state->keep_OI + o * inputs, core, r, turned.data());
-      const __m512 turn = _mm512_set1_ps(before > 0 ? product / before : 0.0f);
-      for_lanes(inputs, [&](int64_t i, __mmask16 lanes) {
-        const __m512 ahead = _mm512_fmadd_ps(turn, floats(lanes, p + i), floats(lanes, turned.data() + i));
-        _mm512_mask_storeu_ps(p + i, lanes, ahead);
-        _mm256_mask_storeu_epi16(state->next_OI + o * inputs + i, lanes, (__m256i)_mm512_cvtneps_pbh(ahead));
+      const Floats turn = all(before > 0 ? product / before : 0.0f);
+      for_lanes(inputs, [&](int64_t i, Tail lanes) {
+        const Floats ahead = times_plus(turn, floats(lanes, p + i), floats(lanes, turned.data() + i));
+        store(p + i, lanes, ahead);
+        narrow(state->next_OI + o * inputs + i, lanes, ahead);
       });
       state->products_O[o] = product;
     }
   });
 }
+
+// Bytes of a Factor.
+int factor_bytes() { return sizeof(Factor); }
 
 }  // extern "C"

@@ -68,8 +68,8 @@ def test_without_a_compiler_or_a_feature_the_kernel_is_left_out_and_the_log_says
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, logger=build.log.name)
-    assert build.load.__wrapped__("gram_bf16", needs=("no_such_feature",), flags=()) is None
+    assert build.load.__wrapped__("gram_bf16", build.Level(("no_such_feature",), ())) is None
     assert "no_such_feature" in caplog.text
     monkeypatch.setattr(shutil, "which", lambda _name: None)
-    assert build.load.__wrapped__("gram_bf16", needs=(), flags=()) is None
+    assert build.load.__wrapped__("gram_bf16", build.Level((), ())) is None
     assert "no C++ compiler" in caplog.text

@@ -1,0 +1,143 @@
+"""What a processor does badly in 16 bits, done otherwise: products in float32, attention by a kernel of our own.
+
+    with fast_arithmetic():
+        model(ids)
+
+PyTorch's products of bfloat16 matrices are fast where the processor has instructions for them (AVX-512 at least).
+Elsewhere they take five times as long as in float32, on one laptop in two. Tensors stay 16-bit outside of the
+operation, so that memory, and what is rounded, stay as they were.
+
+M=rows of a product I=in_features O=out_features
+"""
+
+import functools
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from ctp_kernels.attention import causal_attention
+from ctp_kernels.cpu.build import cpu_features
+
+_FEW_ROWS = 8
+"""Below, a product is as long as reading its matrix takes, and 16 bits are fewer."""
+
+
+class fast_arithmetic(TorchFunctionMode):
+    """A context in which 16-bit products and attention on the CPU take the fastest way there is; differentiable."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._ways = dict.fromkeys(_PRODUCTS, _product) | {functional.linear: _linear}
+        if cpu_features() and "amx_bf16" not in cpu_features():
+            self._ways[functional.scaled_dot_product_attention] = _attention
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        way = self._ways.get(func)
+        return func(*args, **(kwargs or {})) if way is None else way(func, *args, **(kwargs or {}))
+
+
+def wide(x: Tensor) -> Tensor:
+    """x in float32 where its own type is slow to multiply on its device, else x."""
+    return x.float() if is_slow(x) else x
+
+
+def is_slow(x: Tensor) -> bool:
+    """Whether PyTorch has no fast products for this tensor's type on this processor."""
+    return x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16) and not _has_products(x.dtype)
+
+
+def where_slow(x: Tensor) -> AbstractContextManager[Any]:
+    """`fast_arithmetic` where tensors like x are slow to multiply, else nothing: models run as PyTorch runs them."""
+    return fast_arithmetic() if is_slow(x) else nullcontext()
+
+
+@functools.cache
+def _has_products(dtype: torch.dtype) -> bool:
+    known = torch.ops.mkldnn
+    return bool(known._is_mkldnn_bf16_supported() if dtype == torch.bfloat16 else known._is_mkldnn_fp16_supported())
+
+
+_PRODUCTS: tuple[Any, ...] = (
+    *(torch.addmm, torch.matmul, torch.mm, torch.bmm, torch.baddbmm),
+    *(torch.Tensor.addmm, torch.Tensor.matmul, torch.Tensor.mm, torch.Tensor.bmm, torch.Tensor.baddbmm),
+)
+
+
+def _product(plain: Callable[..., Tensor], *operands: Any, **options: Any) -> Tensor:
+    tensors = [x for x in (*operands, *options.values()) if isinstance(x, Tensor)]
+    if not all(is_slow(x) for x in tensors) or tensors[-2].shape[:-1].numel() < _FEW_ROWS or "out" in options:
+        return plain(*operands, **options)
+    widened = {name: x.float() if isinstance(x, Tensor) else x for name, x in options.items()}
+    return plain(*(x.float() if isinstance(x, Tensor) else x for x in operands), **widened).to(tensors[0].dtype)
+
+
+def _linear(plain: Callable[..., Tensor], input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    if not is_slow(input) or input.shape[:-1].numel() < _FEW_ROWS:
+        return plain(input, weight, bias)
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (input, weight, bias)):
+        made: Tensor = _Linear.apply(input, weight, bias)
+        return made
+    return functional.linear(input.float(), weight.float(), None if bias is None else bias.float()).to(input.dtype)
+
+
+class _Linear(torch.autograd.Function):
+    """Keeps operands for the backward pass as they came, and not in float32."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+        ctx.save_for_backward(input, weight_OI)
+        bias_O = None if bias_O is None else bias_O.float()
+        return functional.linear(input.float(), weight_OI.float(), bias_O).to(input.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        input, weight_OI = ctx.saved_tensors
+        outer_MO = outer[0].float().flatten(0, -2)
+        of_input = of_weight = of_bias = None
+        if ctx.needs_input_grad[0]:
+            of_input = (outer_MO @ weight_OI.float()).to(input.dtype).view(input.shape)
+        if ctx.needs_input_grad[1]:
+            of_weight = (outer_MO.T @ input.float().flatten(0, -2)).to(weight_OI.dtype)
+        if ctx.needs_input_grad[2]:
+            of_bias = outer_MO.sum(0).to(outer[0].dtype)
+        return of_input, of_weight, of_bias
+
+
+def _attention(plain: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+    """16-bit attention on a CPU by our own kernel where it fits, else in float32; results have their own dtype.
+
+    In bfloat16 PyTorch's fused attention takes about 1.5 times as long as in float32, and our kernel, which needs
+    AVX-512 BF16 and heads of 64 or a multiple, a third; with gradients less than half.
+    """
+    if query.device.type != "cpu" or query.dtype not in (torch.bfloat16, torch.float16):
+        return plain(query, key, value, **options)
+    mask = options.get("attn_mask")
+    if not options.get("dropout_p") and _is_causal(query, key, mask, bool(options.get("is_causal"))):
+        scale = options.get("scale")
+        ours = causal_attention(query, key, value, query.shape[-1] ** -0.5 if scale is None else scale)
+        if ours is not None:
+            return ours
+    differentiated = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
+    if differentiated and not is_slow(query):
+        return plain(query, key, value, **options)  # here float32 takes longer
+    if mask is not None and mask.is_floating_point():
+        options["attn_mask"] = mask.float()
+    return plain(query.float(), key.float(), value.float(), **options).to(query.dtype)
+
+
+def _is_causal(query: Tensor, key: Tensor, mask: Tensor | None, said: bool) -> bool:
+    """Whether every query sees all keys up to its own, the last query's being the last: also said by a mask."""
+    queries, keys = query.shape[-2], key.shape[-2]
+    if mask is None:
+        return said and queries == keys
+    if mask.shape[-2:] != (queries, keys) or keys < queries:
+        return False
+    seen = mask if mask.dtype == torch.bool else mask == 0
+    unseen = torch.ones((), dtype=torch.bool) if mask.dtype == torch.bool else mask <= torch.finfo(mask.dtype).min
+    wanted = torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries)
+    return bool((seen == wanted).all() and (seen | unseen).all())
