@@ -16,6 +16,7 @@ from ctp_cli.compression.hessian import Hessian, all_finite, output_energy
 from ctp_cli.compression.solver import Solution, SolverRule, solve
 from ctp_cli.compression.targets import Mismatch
 from ctp_cli.errors import SolverError
+from ctp_cli.models.activations import Tensors
 from ctp_cli.models.blocks import Block, LinearLayer, SuspendedRun, WalkState, advance, flatten
 
 
@@ -96,10 +97,9 @@ def _calibration(
             yield _Calibration(run, None, (), [])
             return
         full_run = stack.enter_context(SuspendedRun(full.block, stops, full.state))
-        gaps = [
-            flatten(theirs, keep).float() - flatten(ours, keep).float()
-            for ours, theirs, keep in zip(state.hidden_BTD, full.state.hidden_BTD, state.keep_BT, strict=True)
-        ]
+        gaps = state.activations.new()
+        for ours, theirs, keep in zip(state.hidden_BTD, full.state.hidden_BTD, state.keep_BT, strict=True):
+            gaps.append(flatten(theirs, keep).float() - flatten(ours, keep).float())
         for members, of_run, sign in ((block, run, -1), (full.block, full_run, 1)):
             add = functools.partial(_add_to_gap, gaps, sign)
             for layer in members.layers:
@@ -108,8 +108,8 @@ def _calibration(
         yield _Calibration(run, full_run, full.writers, gaps)
 
 
-def _add_to_gap(gaps_TD: list[Tensor], sign: int, batch: int, y_TD: Tensor) -> None:
-    gaps_TD[batch].add_(y_TD, alpha=sign)
+def _add_to_gap(gaps_TD: Tensors, sign: int, batch: int, y_TD: Tensor) -> None:
+    gaps_TD[batch] = gaps_TD[batch].add_(y_TD, alpha=sign)
 
 
 @dataclass
@@ -119,7 +119,7 @@ class _Calibration:
     run: SuspendedRun
     full_run: SuspendedRun | None
     writers: Sequence[str]
-    gaps_TD: list[Tensor]
+    gaps_TD: Tensors
 
     def moments(self, layers: Sequence[LinearLayer]) -> _Moments:
         O, I = layers[0].weight_OI.shape
