@@ -7,7 +7,7 @@ import contextlib
 import functools
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -24,11 +24,13 @@ from ctp_cli.models.blocks import Block, LinearLayer, SuspendedRun, WalkState, a
 class LayerResult:
     """What became of one layer. `relative_error` is |X (W - W')|^2 / |X W|^2 on the calibration inputs.
 
-    W are the weights handed to the solver: the old ones, or those corrected towards the full model's outputs.
+    W are the weights handed to the solver: the old ones, or those corrected towards the full model's outputs. The
+    solution's weights are those of the layer itself by now, in its dtype; `zeros` were counted before.
     """
 
     layer: LinearLayer
     solution: Solution
+    zeros: int
     tokens: int
     relative_error: float | None
     solve_seconds: float
@@ -161,7 +163,9 @@ def _solve_set(layers: Sequence[LinearLayer], moments: _Moments | None, rule: So
         # before set_weight: weight_OI may be a view of the weight itself
         error = None if H_II is None else _relative_error(weight_OI, solution.weight_OI, H_II)
         layer.set_weight(solution.weight_OI)
-        results.append(LayerResult(layer, solution, moments.hessian.tokens if moments else 0, error, seconds))
+        zeros = int((solution.weight_OI == 0).sum())
+        kept = replace(solution, weight_OI=layer.weight_OI, keep_OI=None)
+        results.append(LayerResult(layer, kept, zeros, moments.hessian.tokens if moments else 0, error, seconds))
     return results
 
 

@@ -193,7 +193,7 @@ def _layer_row(result: LayerResult) -> dict[str, Any]:
         "name": result.layer.name,
         "shape": list(weight.shape),
         "weights": weight.numel(),
-        "zeros": int((weight == 0).sum()),
+        "zeros": result.zeros,
         "calibration_tokens": result.tokens,
         "relative_error": result.relative_error,
         "dampening": result.solution.dampening,
