@@ -99,7 +99,7 @@ def output_energy(W_OI: Tensor, H_II: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def dampened(H_II: Tensor, share: float) -> Iterator[None]:
-    """`share` of H's mean diagonal added to its diagonal meanwhile: positive definite even where no input ever fired."""
+    """`share` of H's mean diagonal added to its diagonal meanwhile: positive definite even if no input ever fired."""
     damping, diagonal_I = (share * H_II.diagonal().mean()).clamp(min=1e-30), H_II.diagonal().clone()
     H_II.diagonal().add_(damping)
     try:

@@ -139,7 +139,7 @@ def start_walk(
 
     Blocks are replaced by recorders that pass hidden states through, so that masks, positions and whatever else a
     family hands to its blocks, which may differ from block to block, are recorded as the model makes them. What a block
-    returns is found by running the first of each class, on a few tokens; `open_block` makes sure that it has its weights.
+    returns is found by running the first of each class on a few tokens, for which `open_block` gives it its weights.
     """
     state = WalkState(activations.new(), [[] for _ in blocks], [], activations)
     originals = [block.module.forward for block in blocks]
@@ -169,7 +169,7 @@ def start_walk(
     try:
         for block, original in zip(blocks, originals, strict=True):
             block.module.forward = probe(block, original)
-        few = torch.zeros(1, 4, dtype=torch.long, device=model.get_input_embeddings().weight.device)
+        few = torch.zeros(1, 4, dtype=torch.long, device=next(model.get_input_embeddings().parameters()).device)
         # without the head: of logits, even the last position's alone can take longer than everything else here
         model.base_model(few, use_cache=False)
         for block in blocks:
@@ -243,7 +243,7 @@ class SuspendedRun:
 
     @contextlib.contextmanager
     def watching(self, layer: LinearLayer, see: Callable[[int, Tensor], object]) -> Iterator[None]:
-        """Call `see` with the number of the batch and the outputs (T, O) of `layer`, padding left out, once for each."""
+        """Call `see` with the number of the batch and the outputs (T, O) of `layer`, once for each, without padding."""
         seen: set[int] = set()
 
         def hook(_module: nn.Module, _inputs: object, y: Tensor) -> None:

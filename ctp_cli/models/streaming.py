@@ -19,6 +19,7 @@ from ctp_cli.models.loading import (
     dense_skeleton,
     first_line,
     load_config,
+    load_model,
     quiet_transformers,
     refuse_missing,
     weight_files,
@@ -203,3 +204,17 @@ def _exchange(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 
 def _forget(module: nn.Module, names: Collection[str]) -> None:
     _exchange(module, {name: torch.empty_like(x, device="meta") for name, x in _tensors(module) if name in names})
+
+
+class WholeModel:
+    """What `BlockStream` offers, of a model that is loaded whole: for what needs all of it at once."""
+
+    def __init__(self, path: Path, *, device: str) -> None:
+        self.network = load_model(path, device=device)
+        self.blocks = find_blocks(self.network)
+
+    def open(self, block: Block) -> None: ...
+
+    def close(self) -> None: ...
+
+    def forget_the_rest(self) -> None: ...
