@@ -149,9 +149,7 @@ def dry_run(section: CompressSection, *, model: ResolvedModel, output: Path, for
         "output": str(output),
         "format": job.format,
         "linear layers": sum(len(block.layers) for block in blocks),
-        "in memory": "two models whole, for tuning"
-        if section.tune_windows
-        else f"one of {len(blocks)} blocks at a time",
+        "in memory": "two whole models, for tuning" if section.tune_windows else f"one of {len(blocks)} blocks",
         "hidden states": "in files" if in_files else "in memory",
         "estimated size": f"{needs.checkpoint_bytes / 1e6:.0f} MB",
         "estimated memory": f"{memory_bytes / 1e6:.0f} MB",

@@ -72,7 +72,7 @@ def estimate(job: Job, network: PreTrainedModel, blocks: Sequence[Block], *, win
     dtype = network.dtype
     item = dtype.itemsize
     tokens, width = windows * section.seqlen, config.hidden_size
-    shapes = [[tuple(layer.weight_OI.shape) for layer in block.layers] for block in blocks]
+    shapes = [[(w.shape[0], w.shape[1]) for w in (layer.weight_OI for layer in block.layers)] for block in blocks]
     linear = sum(o * i for block in shapes for o, i in block)
     parameters = writer.parameter_count(network)
     in_blocks = [sum(p.numel() for p in block.module.parameters()) for block in blocks]
