@@ -19,7 +19,7 @@ from ctp_cli.models.activations import IN_MEMORY, Activations
 from ctp_cli.models.blocks import Block
 from ctp_cli.stages.plan import Job
 
-PROCESS_BYTES = 600_000_000
+PROCESS_BYTES = 400_000_000
 """Of Python, PyTorch and transformers, before any weight is read."""
 BATCH_TOKENS = {"cpu": 2048, "cuda": 8192}
 """Tokens that go through a block at once: what fits a processor's caches, what fills a GPU."""
