@@ -166,10 +166,11 @@ def _dtype(config: Any, stored: list[_Stored]) -> torch.dtype:
 
 
 def _generation_config(path: Path) -> GenerationConfig:
+    """As `from_pretrained` with a path has it, which sees to this file itself."""
     try:
         return GenerationConfig.from_pretrained(path)
     except OSError:
-        return GenerationConfig.from_pretrained(path, config_file_name="config.json")
+        return GenerationConfig.from_pretrained(path, config_file_name="config.json", _from_model_config=True)
 
 
 def _source(name: str, tensor: Tensor, stored: list[_Stored]) -> _Stored:

@@ -104,6 +104,19 @@ def test_all_that_no_checkpoint_holds_is_as_in_a_loaded_model(family: str, dtype
             assert torch.equal(parameter, whole.get_parameter(f"{block.name}.{name}"))
 
 
+@pytest.mark.parametrize("given", [{"temperature": 0.5, "do_sample": True}, None])
+def test_settings_of_generation_are_as_in_a_loaded_model(given: dict[str, Any] | None, tmp_path: Path) -> None:
+    model = tiny_model("llama", tmp_path / "m")
+    file = model / "generation_config.json"
+    file.unlink()
+    if given is not None:
+        file.write_text(json.dumps(given))
+    for name, network in (("whole", load_model(model)), ("streamed", stream_model(model).network)):
+        network.generation_config.save_pretrained(tmp_path / name)
+        network.config.save_pretrained(tmp_path / name)
+    assert files_of(tmp_path / "streamed") == files_of(tmp_path / "whole")
+
+
 @pytest.mark.parametrize(
     ("family", "settings"),
     [
