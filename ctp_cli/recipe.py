@@ -24,6 +24,8 @@ from ctp_cli.errors import RecipeError
 
 _NM = re.compile(r"^(\d+):(\d+)$")
 _TIME = re.compile(r"^(\d+(?:\.\d+)?)(s|m|h)$")
+_SIZE = re.compile(r"^(\d+(?:\.\d+)?) ?(MB|GB|TB)$", re.IGNORECASE)
+_UNIT_BYTES = {"MB": 1e6, "GB": 1e9, "TB": 1e12}
 _UNIT_SECONDS = {"s": 1.0, "m": 60.0, "h": 3600.0}
 
 
@@ -56,6 +58,16 @@ def _read_time(value: Any) -> Any:
     return value
 
 
+def _read_size(value: Any) -> Any:
+    if isinstance(value, str):
+        match = _SIZE.match(value)
+        if match is None:
+            raise ValueError("give a size such as 500MB, 4GB or 1.5TB")
+        return int(float(match[1]) * _UNIT_BYTES[match[2].upper()])
+    return value
+
+
+Bytes = Annotated[int, BeforeValidator(_read_size), Field(gt=0)]
 Seconds = Annotated[float, BeforeValidator(_read_time), Field(gt=0)]
 Sparsity = Annotated[float | str | None, AfterValidator(_check_sparsity)]
 
@@ -107,6 +119,10 @@ class CompressSection(Section):
     """Calibration windows."""
     seqlen: Annotated[int, Field(ge=8)] = 1024
     """Tokens per calibration window."""
+    max_memory: Bytes | None = None
+    """Memory for the whole process, e.g. 4GB. Where it is short, hidden states between two blocks go to files in the
+    unfinished output's folder, and a block is run again for each set of its layers: slower, with the same result.
+    None: no limit."""
     format: Literal["auto", "dense", "gptq", "compressed-tensors", "ctp"] = "auto"
     """auto: gptq where there are bits, dense otherwise."""
 

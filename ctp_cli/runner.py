@@ -139,7 +139,7 @@ class _Builder:
         options: dict[str, Any] = {"device": self.device, "force": self.force, "progress": self.progress}
         return self._add(
             "compressed",
-            [section.model_dump(), _text_key(section.calibration)],
+            [section.model_dump(exclude={"max_memory"}), _text_key(section.calibration)],
             upstream,
             lambda output: compress(section, model=self.plan.model, output=output, **options),
         )

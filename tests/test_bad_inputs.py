@@ -76,6 +76,14 @@ COMPRESS_CASES = {
         ["--bits", "4", "--tune-windows", "2", "--act-order", "column"],
         ["neighbouring inputs", "act_order group"],
     ),
+    "memory without a unit": (["--bits", "4", "--max-memory", "4"], ["max_memory", "500MB, 4GB"]),
+    "memory in another unit": (["--bits", "4", "--max-memory", "4 parsecs"], ["max_memory", "500MB, 4GB"]),
+    "no memory": (["--bits", "4", "--max-memory", "0GB"], ["max_memory", "greater than 0"]),
+    "too little memory": (["--bits", "4", "--max-memory", "1MB"], ["max_memory", "0.00 GB are too little", "needed"]),
+    "too little memory for whole models": (
+        ["--bits", "4", "--tune-windows", "2", "--max-memory", "1MB"],
+        ["too little", "loads two models whole"],
+    ),
     "two problems at once": (["--bits", "7", "--sparsity", "3.5"], ["bits", "sparsity"]),
     "unknown device": (["--bits", "4", "--device", "abacus"], ["not a torch device"]),
 }
@@ -158,6 +166,19 @@ def test_damaged_weights(how: Callable[[bytes], bytes], model: Path, place: Path
 def test_a_pickle_is_never_opened(model: Path, place: Path, text: Path) -> None:
     (model / "model.safetensors").rename(model / "pytorch_model.bin")
     refused(ctp("compress", model, "--bits", 4, "--calibration", text, *SMALL), "no model.safetensors", "pickle")
+
+
+@pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj.weight", "model.norm.weight"])
+def test_a_missing_tensor_and_one_of_another_shape(name: str, model: Path, place: Path, text: Path) -> None:
+    state = load_file(model / "model.safetensors")
+    for changed, words in (
+        ({}, f"1 tensors are missing ({name}"),
+        ({name: state[name][:-1].clone()}, "cannot be loaded"),
+    ):
+        rest = {key: tensor for key, tensor in state.items() if key != name}
+        save_file(rest | changed, model / "model.safetensors", metadata={"format": "pt"})
+        refused(ctp("compress", model, "--bits", 4, "--calibration", text, *SMALL), words)
+    assert not list(place.iterdir())
 
 
 def test_a_missing_shard(model: Path, place: Path, text: Path) -> None:

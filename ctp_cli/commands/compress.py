@@ -63,6 +63,9 @@ def compress(
     ] = None,
     windows: Annotated[int | None, typer.Option(help="Number of windows.", rich_help_panel=TEXT)] = None,
     seqlen: Annotated[int | None, typer.Option(help="Tokens per window.", rich_help_panel=TEXT)] = None,
+    max_memory: Annotated[
+        str | None, typer.Option(help="4GB: past it, hidden states go to files.", rich_help_panel=HOW)
+    ] = None,
     output: Output = None,
     force: Force = False,
     dry_run: DryRun = False,
@@ -70,13 +73,14 @@ def compress(
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Prune and quantize a model, block by block.
+    """Prune and quantize a model, block by block: one of them is in memory at a time.
 
     \b
     ctp compress --sparsity 0.5 --bits 4
     ctp compress path/to/llama --bits 4 --calibration c4 -o llama-w4
     ctp compress path/to/opt --sparsity 2:4 --calibration texts.jsonl
     ctp compress --bits 4 --format gptq,compressed-tensors -o w4     # w4 and w4-compressed-tensors
+    ctp compress path/to/llama-70b --bits 4 --max-memory 24GB --dry-run
     """
     console = Console(quiet=quiet, json_mode=json)
     first, *others = format.split(",") if format else [None]
@@ -104,6 +108,7 @@ def compress(
                 "calibration": calibration,
                 "windows": windows,
                 "seqlen": seqlen,
+                "max_memory": max_memory,
             },
         )
         for one in (first, *others)

@@ -7,7 +7,7 @@ import contextlib
 import functools
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from ctp_cli.compression.hessian import Hessian, all_finite, output_energy
 from ctp_cli.compression.solver import Solution, SolverRule, solve
 from ctp_cli.compression.targets import Mismatch
 from ctp_cli.errors import SolverError
+from ctp_cli.models.activations import Tensors
 from ctp_cli.models.blocks import Block, LinearLayer, SuspendedRun, WalkState, advance, flatten
 
 
@@ -23,11 +24,13 @@ from ctp_cli.models.blocks import Block, LinearLayer, SuspendedRun, WalkState, a
 class LayerResult:
     """What became of one layer. `relative_error` is |X (W - W')|^2 / |X W|^2 on the calibration inputs.
 
-    W are the weights handed to the solver: the old ones, or those corrected towards the full model's outputs.
+    W are the weights handed to the solver: the old ones, or those corrected towards the full model's outputs. The
+    solution's weights are those of the layer itself by now, in its dtype; `zeros` were counted before.
     """
 
     layer: LinearLayer
     solution: Solution
+    zeros: int
     tokens: int
     relative_error: float | None
     solve_seconds: float
@@ -96,10 +99,9 @@ def _calibration(
             yield _Calibration(run, None, (), [])
             return
         full_run = stack.enter_context(SuspendedRun(full.block, stops, full.state))
-        gaps = [
-            flatten(theirs, keep).float() - flatten(ours, keep).float()
-            for ours, theirs, keep in zip(state.hidden_BTD, full.state.hidden_BTD, state.keep_BT, strict=True)
-        ]
+        gaps = state.activations.new()
+        for ours, theirs, keep in zip(state.hidden_BTD, full.state.hidden_BTD, state.keep_BT, strict=True):
+            gaps.append(flatten(theirs, keep).float() - flatten(ours, keep).float())
         for members, of_run, sign in ((block, run, -1), (full.block, full_run, 1)):
             add = functools.partial(_add_to_gap, gaps, sign)
             for layer in members.layers:
@@ -108,8 +110,8 @@ def _calibration(
         yield _Calibration(run, full_run, full.writers, gaps)
 
 
-def _add_to_gap(gaps_TD: list[Tensor], sign: int, batch: int, y_TD: Tensor) -> None:
-    gaps_TD[batch].add_(y_TD, alpha=sign)
+def _add_to_gap(gaps_TD: Tensors, sign: int, batch: int, y_TD: Tensor) -> None:
+    gaps_TD[batch] = gaps_TD[batch].add_(y_TD, alpha=sign)
 
 
 @dataclass
@@ -119,7 +121,7 @@ class _Calibration:
     run: SuspendedRun
     full_run: SuspendedRun | None
     writers: Sequence[str]
-    gaps_TD: list[Tensor]
+    gaps_TD: Tensors
 
     def moments(self, layers: Sequence[LinearLayer]) -> _Moments:
         O, I = layers[0].weight_OI.shape
@@ -161,7 +163,9 @@ def _solve_set(layers: Sequence[LinearLayer], moments: _Moments | None, rule: So
         # before set_weight: weight_OI may be a view of the weight itself
         error = None if H_II is None else _relative_error(weight_OI, solution.weight_OI, H_II)
         layer.set_weight(solution.weight_OI)
-        results.append(LayerResult(layer, solution, moments.hessian.tokens if moments else 0, error, seconds))
+        zeros = int((solution.weight_OI == 0).sum())
+        kept = replace(solution, weight_OI=layer.weight_OI, keep_OI=None)
+        results.append(LayerResult(layer, kept, zeros, moments.hessian.tokens if moments else 0, error, seconds))
     return results
 
 

@@ -17,6 +17,8 @@ from ctp_cli.errors import ShapeError, SolverError
 log = logging.getLogger(__name__)
 
 _RETRIES = 5
+_STRIP = 256
+"""Columns that are mirrored at once."""
 _SMALL = 192
 """Width below which a triangular matrix is inverted at once."""
 
@@ -27,6 +29,7 @@ class Hessian:
 
     H_II: Tensor
     tokens: int = 0
+    is_mean: bool = False
 
     @classmethod
     def zeros(cls, in_features: int, device: torch.device) -> "Hessian":
@@ -48,11 +51,23 @@ class Hessian:
             add_gram(self.H_II, x_TI)
 
     def mean(self) -> Tensor:
-        """(I, I) mean of x x^T over the tokens seen, symmetric; the identity if no input ever fired."""
+        """(I, I) mean of x x^T over the tokens seen, symmetric; the identity if no input ever fired.
+
+        It takes the place of the sums, to which nothing can be added any more: wide ones are large.
+        """
+        if self.is_mean:
+            return self.H_II
+        self.is_mean = True
         if self.tokens == 0 or not torch.any(torch.diagonal(self.H_II)):
-            return torch.eye(self.H_II.shape[0], device=self.H_II.device)
-        upper_II = torch.triu(self.H_II).div_(self.tokens)
-        return upper_II + torch.triu(upper_II, 1).T
+            self.H_II.zero_().diagonal().fill_(1)
+            return self.H_II
+        self.H_II.div_(self.tokens)
+        for start in range(0, self.H_II.shape[0], _STRIP):
+            stop = start + _STRIP
+            upper = torch.triu(self.H_II[start:stop, start:stop])
+            self.H_II[start:stop, start:stop] = upper + torch.triu(upper, 1).T
+            self.H_II[stop:, start:stop] = self.H_II[start:stop, stop:].T
+        return self.H_II
 
 
 @contextlib.contextmanager
@@ -82,20 +97,28 @@ def output_energy(W_OI: Tensor, H_II: Tensor) -> Tensor:
     return 2 * upper_II.sum() - upper_II.diagonal().sum()
 
 
-def damped(H_II: Tensor, share: float) -> Tensor:
-    """H with `share` of its mean diagonal added to the diagonal; positive definite even where no input ever fired."""
-    damping = (share * H_II.diagonal().mean()).clamp(min=1e-30)
-    return H_II + torch.eye(H_II.shape[0], device=H_II.device) * damping
+@contextlib.contextmanager
+def dampened(H_II: Tensor, share: float) -> Iterator[None]:
+    """`share` of H's mean diagonal added to its diagonal meanwhile: positive definite even if no input ever fired."""
+    damping, diagonal_I = (share * H_II.diagonal().mean()).clamp(min=1e-30), H_II.diagonal().clone()
+    H_II.diagonal().add_(damping)
+    try:
+        yield
+    finally:
+        H_II.diagonal().copy_(diagonal_I)
 
 
-def inverse_factor(H_II: Tensor, *, dampening: float, layer: str) -> tuple[Tensor, float]:
+def inverse_factor(
+    H_II: Tensor, *, dampening: float, layer: str, order_I: Tensor | None = None
+) -> tuple[Tensor, float]:
     """The upper-triangular U with U^T U = (H + damp I)^-1, and the dampening that was needed.
 
     U[i, i:] / U[i, i] holds the optimal corrections of later inputs for an error at input i. Computed from the Cholesky
     factor of H with its indices reversed: H = M M^T with M upper triangular, U = M^-1; no inverse of H is formed.
 
-    Shapes: H_II (I, I) float32.
+    Shapes: H_II (I, I) float32; order_I (I,) the order in which inputs are taken, None as they are.
     Units: `dampening` is a share of the mean of diag(H) (percdamp in GPTQ).
+    Memory: twice that of H.
     Raises: SolverError, naming the layer, if H holds NaN or infinity or stays indefinite with dampening raised
         tenfold four times.
     Source: GPTQ (arXiv:2210.17323), section 3.3.
@@ -105,14 +128,21 @@ def inverse_factor(H_II: Tensor, *, dampening: float, layer: str) -> tuple[Tenso
             f"{layer}: its calibration inputs hold NaN or infinity",
             hint="does the uncompressed model run on this text?",
         )
-    mean_diagonal = torch.diagonal(H_II).mean()
-    identity = torch.eye(H_II.shape[0], device=H_II.device)
+    if order_I is None:
+        order_I = torch.arange(H_II.shape[0], device=H_II.device)
+    order_I = order_I.to(H_II.device)
     share = dampening
     for _ in range(_RETRIES):
-        damped = H_II + identity * (share * mean_diagonal)
-        L_II, info = torch.linalg.cholesky_ex(damped.flip(0, 1))
+        ordered_II = H_II[order_I[:, None], order_I]
+        ordered_II.diagonal().add_(share * ordered_II.diagonal().mean())
+        reversed_II = ordered_II.flip(0, 1)
+        del ordered_II
+        L_II, info = torch.linalg.cholesky_ex(reversed_II)
+        del reversed_II
         if info.item() == 0:
-            U_II = _upper_inverse(L_II.flip(0, 1))
+            U_II = L_II.flip(0, 1)
+            del L_II
+            _invert_upper(U_II)
             if all_finite(U_II):
                 if share != dampening:
                     log.warning("%s: Hessian needed dampening %g instead of %g", layer, share, dampening)
@@ -124,14 +154,14 @@ def inverse_factor(H_II: Tensor, *, dampening: float, layer: str) -> tuple[Tenso
     )
 
 
-def _upper_inverse(M_II: Tensor) -> Tensor:
-    """The inverse of an upper-triangular matrix, half as much work as solving for an identity, most of it products."""
+def _invert_upper(M_II: Tensor) -> None:
+    """Invert an upper-triangular matrix in place, half as much work as solving for an identity, most of it products."""
     width = M_II.shape[0]
     if width <= _SMALL:
-        return torch.linalg.solve_triangular(M_II, torch.eye(width, device=M_II.device), upper=True)
+        M_II.copy_(torch.linalg.solve_triangular(M_II, torch.eye(width, device=M_II.device), upper=True))
+        return
     half = width // 2
-    inverse_II = torch.zeros_like(M_II)
-    first, last = _upper_inverse(M_II[:half, :half]), _upper_inverse(M_II[half:, half:])
-    inverse_II[:half, :half], inverse_II[half:, half:] = first, last
-    inverse_II[:half, half:] = -(first @ M_II[:half, half:] @ last)
-    return inverse_II
+    first, last, between = M_II[:half, :half], M_II[half:, half:], M_II[:half, half:]
+    _invert_upper(first)
+    _invert_upper(last)
+    between.copy_((first @ between @ last).neg_())

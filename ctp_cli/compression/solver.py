@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ctp_cli.compression.alternating import prune_by_turns
 from ctp_cli.compression.grid import Grid, GridRule, fit_grid
-from ctp_cli.compression.hessian import damped, inverse_factor
+from ctp_cli.compression.hessian import dampened, inverse_factor
 from ctp_cli.compression.masks import MaskRule, keep_largest, keep_per_output
 
 BLOCK = 128
@@ -105,8 +105,10 @@ def solve(weights_OI: list[Tensor], H_II: Tensor | None, rule: SolverRule, *, la
     given_OI = weights_OI
     if rule.mask is not None and rule.pruner == "alternating":
         assert H_II is not None, "fits need a Hessian"
-        quadratic = Quadratic(damped(H_II, rule.dampening))
-        weights_OI = [prune_by_turns(w.float(), quadratic, rule.mask, rounds=rule.rounds) for w in weights_OI]
+        with dampened(H_II, rule.dampening):
+            quadratic = Quadratic(H_II)
+            weights_OI = [prune_by_turns(w.float(), quadratic, rule.mask, rounds=rule.rounds) for w in weights_OI]
+            del quadratic
         if rule.grid is None:
             return [Solution(w, None, w != 0, rule.dampening) for w in weights_OI]
         rule = replace(rule, mask=None, keep_zeros=True)
@@ -118,7 +120,7 @@ def solve(weights_OI: list[Tensor], H_II: Tensor | None, rule: SolverRule, *, la
     U_II, dampening = None, None
     if feedback:
         assert H_II is not None, "error feedback needs a Hessian"
-        U_II, dampening = inverse_factor(H_II[order_I][:, order_I], dampening=rule.dampening, layer=layer)
+        U_II, dampening = inverse_factor(H_II, dampening=rule.dampening, layer=layer, order_I=order_I)
         U_II = U_II.contiguous()
     fixed_keep_IO = _fixed_mask(W_IO, H_II, order_I, rule, spans)
     if rule.mask is not None and rule.grid is not None and rule.pruner == "sparsegpt" and rule.quantizer == "rtn":
@@ -132,8 +134,9 @@ def solve(weights_OI: list[Tensor], H_II: Tensor | None, rule: SolverRule, *, la
     solutions = [_solution(done, span, order_I, rule, dampening) for span in spans]
     if rule.refine and rule.grid is not None and rule.quantizer == "gptq":
         assert H_II is not None
-        H_II = damped(H_II, rule.dampening)
-        solutions = [_refined(w, s, H_II, rule) for w, s in zip(given_OI, solutions, strict=True)]
+        del W_IO, U_II, done
+        with dampened(H_II, rule.dampening):
+            solutions = [_refined(w, s, H_II, rule) for w, s in zip(given_OI, solutions, strict=True)]
     return solutions
 
 

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ctp_cli.errors import UnsupportedModelError
+from ctp_cli.models.activations import IN_MEMORY, Activations, Tensors
 
 
 @dataclass(frozen=True)
@@ -118,49 +119,67 @@ class BlockCall:
 class WalkState:
     """Hidden states between two blocks, and every block's calls. keep_BT is False at padding."""
 
-    hidden_BTD: list[Tensor]
+    hidden_BTD: Tensors
     calls: list[list[BlockCall]]
     """calls[block][batch]"""
     keep_BT: list[Tensor | None]
+    activations: Activations = IN_MEMORY
 
 
 @torch.no_grad()
 def start_walk(
-    model: PreTrainedModel, blocks: Sequence[Block], batches: Iterable[tuple[Tensor, Tensor | None]]
+    model: PreTrainedModel,
+    blocks: Sequence[Block],
+    batches: Iterable[tuple[Tensor, Tensor | None]],
+    *,
+    activations: Activations = IN_MEMORY,
+    open_block: Callable[[Block], object] = lambda block: None,
 ) -> WalkState:
     """Run the model up to its first block on every batch of (ids_BT, attention_mask_BT or None).
 
     Blocks are replaced by recorders that pass hidden states through, so that masks, positions and whatever else a
-    family hands to its blocks, which may differ from block to block, are recorded as the model makes them.
+    family hands to its blocks, which may differ from block to block, are recorded as the model makes them. What a block
+    returns is found by running the first of each class on a few tokens, for which `open_block` gives it its weights.
     """
-    state = WalkState([], [[] for _ in blocks], [])
-    returns_tuple: list[bool] = []
+    state = WalkState(activations.new(), [[] for _ in blocks], [], activations)
     originals = [block.module.forward for block in blocks]
+    returns_tuple: dict[type[nn.Module], bool] = {}
 
-    def recorder(index: int) -> Callable[..., Any]:
+    def passed_through(block: Block, x_BTD: Tensor) -> Any:
+        return (x_BTD,) if returns_tuple[type(block.module)] else x_BTD
+
+    def probe(block: Block, original: Callable[..., Any]) -> Callable[..., Any]:
         def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-            state.calls[index].append(BlockCall(args, kwargs))
-            if index == 0:
-                state.hidden_BTD.append(hidden_states)
-            return (hidden_states,) if returns_tuple[index] else hidden_states
+            if type(block.module) not in returns_tuple:
+                open_block(block)
+                returns_tuple[type(block.module)] = isinstance(original(hidden_states, *args, **kwargs), tuple)
+            return passed_through(block, hidden_states)
 
         return forward
 
-    hooks = [b.module.register_forward_hook(lambda *a: returns_tuple.append(isinstance(a[2], tuple))) for b in blocks]
-    probe = torch.zeros(1, 4, dtype=torch.long, device=model.device)
-    model(probe, use_cache=False)
-    for hook in hooks:
-        hook.remove()
+    def recorder(block: Block) -> Callable[..., Any]:
+        def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+            state.calls[block.index].append(BlockCall(args, kwargs))
+            if block.index == 0:
+                state.hidden_BTD.append(hidden_states)
+            return passed_through(block, hidden_states)
+
+        return forward
+
     try:
+        for block, original in zip(blocks, originals, strict=True):
+            block.module.forward = probe(block, original)
+        few = torch.zeros(1, 4, dtype=torch.long, device=next(model.get_input_embeddings().parameters()).device)
+        # without the head: of logits, even the last position's alone can take longer than everything else here
+        model.base_model(few, use_cache=False)
         for block in blocks:
-            block.module.forward = recorder(block.index)
+            block.module.forward = recorder(block)
         for ids_BT, mask_BT in batches:
-            # without the head: of logits, even the last position's alone can take longer than everything else here
             model.base_model(ids_BT, attention_mask=mask_BT, use_cache=False)
             state.keep_BT.append(None if mask_BT is None else mask_BT.bool())
     finally:
-        for block, forward in zip(blocks, originals, strict=True):
-            block.module.forward = forward
+        for block, original in zip(blocks, originals, strict=True):
+            block.module.forward = original
     return state
 
 
@@ -170,7 +189,8 @@ class SuspendedRun:
     Every batch runs in a greenlet, which stops in front of each of `stops` and hands out that layer's inputs. When all
     batches stand there, the layer is compressed, and they go on with its new weights: a block whose layers see
     compressed predecessors (true-sequential) costs one forward pass instead of one for each set of layers.
-    Memory: what a block holds between two layers, for all batches at once.
+    Memory: what a block holds between two layers, for all batches at once; where that is too much (`run_again` of the
+    state's activations), a batch ends at each stop and starts over for the next one, with the same results.
     Greenlets share one thread, so grad mode and the like are the caller's: use it under torch.no_grad.
     """
 
@@ -179,6 +199,7 @@ class SuspendedRun:
         self._state, self._block = state, block
         self._runs = [greenlet(self._forward) for _ in state.hidden_BTD]
         self._waiting: list[tuple[str, Tensor] | None] = [None] * len(self._runs)
+        self._taken: list[set[str]] = [set() for _ in self._runs]
         self._running = 0
         self._hooks = [
             layer.module.register_forward_pre_hook(lambda _m, inputs, name=layer.name: self._stop(name, inputs[0]))
@@ -191,6 +212,8 @@ class SuspendedRun:
         self._state.hidden_BTD[batch] = self._state.calls[self._block.index][batch].run(self._block.module, x_BTD)
 
     def _stop(self, name: str, x: Tensor) -> None:
+        if name in self._taken[self._running]:
+            return
         main = getcurrent().parent
         assert main is not None
         main.switch((name, x))
@@ -212,13 +235,21 @@ class SuspendedRun:
             waiting = self._waiting[batch]
             if waiting is not None and waiting[0] == layer.name:
                 self._waiting[batch] = None
+                if self._state.activations.run_again:
+                    self._taken[batch].add(layer.name)
+                    self._runs[batch].throw()
+                    self._runs[batch] = greenlet(self._forward)
                 yield batch, flatten(waiting[1], keep_BT)
 
     @contextlib.contextmanager
     def watching(self, layer: LinearLayer, see: Callable[[int, Tensor], object]) -> Iterator[None]:
-        """Call `see` with the number of the batch and the outputs (T, O) of `layer`, padding left out."""
+        """Call `see` with the number of the batch and the outputs (T, O) of `layer`, once for each, without padding."""
+        seen: set[int] = set()
 
         def hook(_module: nn.Module, _inputs: object, y: Tensor) -> None:
+            if self._running in seen:
+                return
+            seen.add(self._running)
             see(self._running, flatten(y, self._state.keep_BT[self._running]))
 
         handle = layer.module.register_forward_hook(hook)

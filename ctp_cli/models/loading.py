@@ -24,7 +24,7 @@ from ctp_cli.errors import InputError, is_out_of_memory
 from ctp_cli.files import read_json
 
 # What a damaged or foreign checkpoint makes transformers raise; all of them are the file's fault, not ours.
-_LOAD_FAILURES = (
+LOAD_FAILURES = (
     OSError,
     ValueError,
     KeyError,
@@ -40,9 +40,9 @@ def load_config(path: Path) -> Any:
     """The model's configuration. Raises InputError if there is none or it is not understood."""
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except _LOAD_FAILURES as error:
+    except LOAD_FAILURES as error:
         raise InputError(
-            f"{path}: config.json is not usable ({_first_line(error)})", hint="is the folder complete?"
+            f"{path}: config.json is not usable ({first_line(error)})", hint="is the folder complete?"
         ) from None
 
 
@@ -50,8 +50,8 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     """The tokenizer saved beside a model. Raises InputError if it is missing or damaged."""
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except _LOAD_FAILURES as error:
-        raise InputError(f"{path}: the tokenizer cannot be loaded ({_first_line(error)})") from None
+    except LOAD_FAILURES as error:
+        raise InputError(f"{path}: the tokenizer cannot be loaded ({first_line(error)})") from None
     for circumstance in ("local_files_only", "is_local"):
         # how it was loaded this time; it would be saved with the tokenizer and make equal checkpoints differ
         tokenizer.init_kwargs.pop(circumstance, None)
@@ -76,14 +76,14 @@ def load_model(path: Path, *, dtype: torch.dtype | None = None, device: str = "c
                 )
             else:
                 model, info = _load_packed(path, config, form, dtype)
-    except _LOAD_FAILURES as error:
+    except LOAD_FAILURES as error:
         if is_out_of_memory(error):
             raise
         raise InputError(
-            f"{path}: the weights cannot be loaded ({_first_line(error)})",
+            f"{path}: the weights cannot be loaded ({first_line(error)})",
             hint="download or compress the model again",
         ) from None
-    _refuse_missing(path, info["missing_keys"])
+    refuse_missing(path, info["missing_keys"])
     frozen: PreTrainedModel = model.to(device).eval().requires_grad_(False)
     return frozen
 
@@ -116,7 +116,7 @@ def _load_packed(path: Path, config: Any, form: LayerFormat, dtype: torch.dtype 
     return model, info
 
 
-def _refuse_missing(path: Path, missing: Collection[str]) -> None:
+def refuse_missing(path: Path, missing: Collection[str]) -> None:
     """transformers fills what a checkpoint lacks with random numbers; here it is refused."""
     if missing:
         raise InputError(
@@ -156,7 +156,7 @@ def weight_files(path: Path) -> dict[str, Path]:
         with safe_open(single, "pt") as handle:
             return dict.fromkeys(handle.keys(), single)
     except (SafetensorError, OSError) as error:
-        raise _damaged(single, error) from None
+        raise damaged(single, error) from None
 
 
 def check_weight_files(path: Path) -> None:
@@ -173,11 +173,11 @@ def check_weight_files(path: Path) -> None:
             with safe_open(file, "pt") as handle:
                 handle.keys()
         except (SafetensorError, OSError) as error:
-            raise _damaged(file, error) from None
+            raise damaged(file, error) from None
 
 
-def _damaged(file: Path, error: Exception) -> InputError:
-    return InputError(f"{file}: damaged or cut off ({_first_line(error)})", hint="copy, download or make it again")
+def damaged(file: Path, error: Exception) -> InputError:
+    return InputError(f"{file}: damaged or cut off ({first_line(error)})", hint="copy, download or make it again")
 
 
 def decoder_embedding(model: PreTrainedModel) -> nn.Embedding:
@@ -201,6 +201,6 @@ def quiet_transformers() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     text = json.dumps(str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__)
     return text.strip('"')[:200]

@@ -1,4 +1,4 @@
-"""Compress a model: check, load, do the passes (`passes.py`) the plan asks for (`plan.py`), finish as one artifact."""
+"""Compress a model: check, open, do the passes (`passes.py`) the plan asks for (`plan.py`), finish as one artifact."""
 
 import time
 from collections.abc import Sequence
@@ -6,21 +6,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ctp_cli.artifact import Workspace, folder_fingerprint, manifest_of, refuse_existing, workspace
+from ctp_cli.artifact import Workspace, folder_fingerprint, manifest_of, refuse_existing, unfinished, workspace
 from ctp_cli.checkpoints import writer
 from ctp_cli.data.sources import Text, load_text
 from ctp_cli.data.windows import token_ids, windows
 from ctp_cli.errors import InputError
 from ctp_cli.models import embedded
 from ctp_cli.models.blocks import Block, find_blocks
-from ctp_cli.models.loading import load_config, load_model, load_tokenizer
+from ctp_cli.models.loading import dense_skeleton, load_config, load_tokenizer
 from ctp_cli.models.resolve import ResolvedModel
+from ctp_cli.models.streaming import WholeModel, stream_model
 from ctp_cli.progress import SILENT, Progress
 from ctp_cli.recipe import CompressSection
+from ctp_cli.stages.estimate import estimate
 from ctp_cli.stages.passes import SCRATCH, Passes
 from ctp_cli.stages.plan import Job
 
@@ -64,7 +65,7 @@ def identity(section: CompressSection, model: ResolvedModel, calibration: Text) 
     """What the result depends on but for rounding: device and kernels change the order of sums."""
     return {
         "model": {"name": model.name, "sha256": folder_fingerprint(model.path)},
-        "compress": section.model_dump(exclude={"calibration"}),
+        "compress": section.model_dump(exclude={"calibration", "max_memory"}),
         "calibration": {"source": calibration.source, "sha256": calibration.sha256},
     }
 
@@ -85,11 +86,13 @@ def compress(
     calibration = load_text(section.calibration or default_text(model), default_part="train")
     ids_NT = _windows(section, calibration, tokenizer)
     _check_fits_model(config, tokenizer, ids_NT)
-    network = load_model(model.path, device=device)
-    blocks = find_blocks(network)
+    opened = WholeModel(model.path, device=device) if section.tune_windows else stream_model(model.path, device=device)
+    network, blocks = opened.network, opened.blocks
     job = Job.plan(section, network, blocks)
+    needs = estimate(job, network, blocks, windows=min(section.windows, ids_NT.shape[0]), device=ids_NT.device.type)
+    activations = needs.activations(section.max_memory, unfinished(output))
     with workspace(output, kind=KIND, identity=identity(section, model, calibration), force=force) as space:
-        passes = Passes(job, space, network, blocks, model.path, progress)
+        passes = Passes(job, space, opened, model.path, activations, progress)
         report, tunings = passes.run(ids_NT.to(device))
         job.write_shared_files(space.path, network, tokenizer)
         sizes = _sizes(job, space, network, blocks)
@@ -122,7 +125,10 @@ def compress(
 
 
 def dry_run(section: CompressSection, *, model: ResolvedModel, output: Path, force: bool = False) -> dict[str, Any]:
-    """Check what can be checked without weights; estimate sizes from shapes and time from a probe of the machine."""
+    """Check what can be checked without weights, which need not be there; estimate sizes, memory and time.
+
+    Sizes come from shapes, time from a probe of the machine.
+    """
     refuse_existing(output, force=force, reads=model.path)
     config = _config_of_original(model)
     calibration = load_text(section.calibration or default_text(model), default_part="train")
@@ -130,40 +136,25 @@ def dry_run(section: CompressSection, *, model: ResolvedModel, output: Path, for
     ids_NT = _windows(section, calibration, tokenizer)
     count = min(section.windows, ids_NT.shape[0])
     _check_fits_model(config, tokenizer, ids_NT)
-    with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    skeleton, _ = dense_skeleton(config)
     blocks = find_blocks(skeleton)
     job = Job.plan(section, skeleton, blocks)
-    linear = sum(layer.weight_OI.numel() for block in blocks for layer in block.layers)
-    widest = max(layer.weight_OI.shape[1] for block in blocks for layer in block.layers)
-    parameters, bits = writer.parameter_count(skeleton), writer.dtype_bits(config.dtype or torch.float32)
-    linear_bits = bits if job.settings is None else job.settings.bits + 20 / max(job.settings.group_size, 32)
-    tokens = count * section.seqlen
-    # the model, the widest layer's Hessian and its factors, hidden states before and after a block
-    memory_bytes = parameters * bits / 8 + 16 * widest**2 + tokens * config.hidden_size * bits / 4
-    # one forward pass and about as much for the Hessians; twice with the full model beside
-    passes = (1 if section.true_sequential else 2) + 1
-    if section.target == "full" and job.rule.feeds_back:
-        memory_bytes += tokens * config.hidden_size * (bits / 4 + 4)
-        passes *= 2
-    operations = 2 * linear * tokens * passes
-    if job.rule.mask is not None and job.rule.pruner == "alternating":
-        # five products with the Hessian a round
-        shapes = [layer.weight_OI.shape for block in blocks for layer in block.layers]
-        operations += 5 * job.rule.rounds * sum(2 * outputs * inputs**2 for outputs, inputs in shapes)
-    if section.tune_windows:
-        # a forward pass of each model and a backward pass of one, for inputs and weights
-        memory_bytes += parameters * bits / 8 * 2
-        operations += 8 * parameters * section.seqlen * min(section.tune_windows, ids_NT.shape[0])
+    needs = estimate(job, skeleton, blocks, windows=count, device="cpu")
+    in_files = needs.activations(section.max_memory, unfinished(output)).run_again
+    memory_bytes = needs.fixed_bytes if in_files else needs.in_memory_bytes
+    disk_bytes = needs.checkpoint_bytes + (needs.hidden_bytes if in_files else 0)
     return {
         "model": str(model.path),
         "calibration": f"{calibration.source}, {count} windows of {section.seqlen} tokens",
         "output": str(output),
         "format": job.format,
         "linear layers": sum(len(block.layers) for block in blocks),
-        "estimated size": f"{((parameters - linear) * bits + linear * linear_bits) / 8e6:.0f} MB",
+        "in memory": "two whole models, for tuning" if section.tune_windows else f"one of {len(blocks)} blocks",
+        "hidden states": "in files" if in_files else "in memory",
+        "estimated size": f"{needs.checkpoint_bytes / 1e6:.0f} MB",
         "estimated memory": f"{memory_bytes / 1e6:.0f} MB",
-        "estimated time": f"{operations / _probe_operations_per_second(config.dtype) + linear * 1e-7:.0f} s",
+        "estimated disk": f"{disk_bytes / 1e6:.0f} MB",
+        "estimated time": f"{needs.seconds(in_files=in_files, dtype=skeleton.dtype):.0f} s",
     }
 
 
@@ -179,14 +170,6 @@ def _windows(section: CompressSection, calibration: Text, tokenizer: PreTrainedT
     most = section.windows + section.tune_windows
     ids_T = token_ids(calibration, tokenizer, most=most * section.seqlen)
     return windows(ids_T, section.seqlen, most=most, text=calibration)
-
-
-def _probe_operations_per_second(dtype: torch.dtype | None) -> float:
-    a, b = (torch.randn(1024, 1024, dtype=dtype or torch.float32) for _ in range(2))
-    a @ b
-    started = time.perf_counter()
-    a @ b
-    return 2 * 1024**3 / (time.perf_counter() - started)
 
 
 def _check_fits_model(config: Any, tokenizer: PreTrainedTokenizerBase, ids_NT: Tensor) -> None:

@@ -19,6 +19,7 @@ from ctp_cli.compression.solver import SolverRule
 from ctp_cli.compression.tuning import Tuned, tune
 from ctp_cli.errors import SolverError
 from ctp_cli.files import read_json, write_json
+from ctp_cli.models.activations import Activations, Tensors
 from ctp_cli.models.blocks import (
     Block,
     LinearLayer,
@@ -30,15 +31,15 @@ from ctp_cli.models.blocks import (
     start_walk,
 )
 from ctp_cli.models.loading import load_model
+from ctp_cli.models.streaming import BlockStream, WholeModel
 from ctp_cli.progress import Progress
+from ctp_cli.stages.estimate import BATCH_TOKENS
 from ctp_cli.stages.plan import Job
 
 _TUNED = "tuned.json"
 SCRATCH = ("*.layers", _TUNED)
 """Files beside the shards that only unfinished work needs."""
 _PRUNED = "pruned"
-_BATCH_TOKENS = {"cpu": 2048, "cuda": 8192}
-"""Tokens that go through a block at once: what fits a processor's caches, what fills a GPU."""
 
 
 @dataclass
@@ -47,10 +48,19 @@ class Passes:
 
     job: Job
     space: Workspace
-    network: PreTrainedModel
-    blocks: list[Block]
+    model: BlockStream | WholeModel
+    """Tuning takes a whole one: a stream forgets what was done to a block."""
     original: Path
+    activations: Activations
     progress: Progress
+
+    @property
+    def network(self) -> PreTrainedModel:
+        return self.model.network
+
+    @property
+    def blocks(self) -> list[Block]:
+        return self.model.blocks
 
     def run(self, ids_NT: Tensor) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         """What became of every layer, and how every tuning went.
@@ -58,9 +68,10 @@ class Passes:
         Weights that are to be tuned are pruned first and quantized once they are tuned: rounding then meets the weights
         that stay, and what it costs is made up for by tuning scales.
         """
-        keep_freed_memory()
         section, rule, folder = self.job.section, self.job.rule, self.space.path
         calibration_NT, tuning_NT = ids_NT[: section.windows], ids_NT[-section.tune_windows :]
+        if section.max_memory is None:
+            keep_freed_memory()
         if self.space.resumed:
             self.progress.say(f"going on with the unfinished work in {folder}")
         tunings: list[dict[str, Any]] = []
@@ -121,14 +132,23 @@ class Passes:
     ) -> list[dict[str, Any]]:
         names = writer.ShardNames(len(self.blocks), settings)
         writer.write_shard(folder / names.outside(), writer.outside_tensors(self.network, self.blocks))
-        batch = max(1, _BATCH_TOKENS.get(ids_NT.device.type, 2048) // ids_NT.shape[1])
-        state = start_walk(self.network, self.blocks, [(ids_BT, None) for ids_BT in ids_NT.split(batch)])
+        batch = max(1, BATCH_TOKENS.get(ids_NT.device.type, 2048) // ids_NT.shape[1])
+        state = start_walk(
+            self.network,
+            self.blocks,
+            [(ids_BT, None) for ids_BT in ids_NT.split(batch)],
+            activations=self.activations,
+            open_block=self.model.open,
+        )
+        self.model.forget_the_rest()
         self.progress.start("quantize" if rule.keep_zeros else "compress", len(self.blocks))
         report: list[dict[str, Any]] = []
         sets = _SharedInputs(state)
         aims_at_full = self.job.section.target == "full" and rule.feeds_back
-        full_state = replace(state, hidden_BTD=list(state.hidden_BTD)) if aims_at_full else None
+        full_hidden_BTD = self.activations.copied(state.hidden_BTD) if aims_at_full else None
+        full_state = None if full_hidden_BTD is None else replace(state, hidden_BTD=full_hidden_BTD)
         for block in self.blocks:
+            self.model.open(block)
             full_block = None if full_state is None else copy_of(block)
             shard = folder / names.block(block.index)
             record = shard.with_suffix(".layers")
@@ -151,6 +171,7 @@ class Passes:
                 writer.write_shard(shard, writer.block_tensors(block, results, settings=settings))
             report += rows
             self.progress.advance(note=_note(rows))
+        self.model.close()
         self.progress.finish()
         return report
 
@@ -179,7 +200,7 @@ class _SharedInputs:
         return [[by_path[path] for path in paths] for paths in self._known[alike]]
 
 
-def _refuse_nan(block: Block, hidden_BTD: list[Tensor]) -> None:
+def _refuse_nan(block: Block, hidden_BTD: Tensors) -> None:
     if not all(all_finite(x_BTD) for x_BTD in hidden_BTD):
         raise SolverError(
             f"{block.name}: its outputs hold NaN or infinity",
@@ -193,7 +214,7 @@ def _layer_row(result: LayerResult) -> dict[str, Any]:
         "name": result.layer.name,
         "shape": list(weight.shape),
         "weights": weight.numel(),
-        "zeros": int((weight == 0).sum()),
+        "zeros": result.zeros,
         "calibration_tokens": result.tokens,
         "relative_error": result.relative_error,
         "dampening": result.solution.dampening,

@@ -1,4 +1,4 @@
-"""What the checkpoint tests share: a short calibration text, one compression run, and tensors read back plainly."""
+"""What the checkpoint tests share: a text, one compression run, one that stops, and tensors read back plainly."""
 
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -11,11 +11,35 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ctp_cli.models.resolve import resolve_model
-from ctp_cli.progress import SILENT, Progress
+from ctp_cli.progress import SILENT, Progress, SilentProgress
 from ctp_cli.recipe import CompressSection
 from ctp_cli.stages.compress import CompressReport, compress
 
 SETTINGS: dict[str, Any] = {"sparsity": 0.5, "bits": 4, "group_size": 32, "windows": 4, "seqlen": 32}
+
+
+class Stopped(Exception):
+    """Stands for whatever ends a process."""
+
+
+class StopAfter(SilentProgress):
+    """Raises once `blocks` blocks are done and on disk."""
+
+    def __init__(self, blocks: int) -> None:
+        self.left = blocks
+        self.lines: list[str] = []
+
+    def say(self, line: str) -> None:
+        self.lines.append(line)
+
+    def start(self, description: str, total: int) -> None:
+        if self.left == 0:
+            raise Stopped
+
+    def advance(self, units: int = 1, note: str = "") -> None:
+        self.left -= units
+        if self.left == 0:
+            raise Stopped
 
 
 def calibration_text(folder: Path) -> Path:

@@ -4,38 +4,13 @@ import json
 from pathlib import Path
 
 import pytest
-from compressed import calibration_text, files_of, run
+from compressed import StopAfter, Stopped, calibration_text, files_of, run
 from tiny_models import tiny_model
 
 from ctp_cli.errors import CtpError, OutputError
-from ctp_cli.progress import SilentProgress
 from ctp_cli.stages import passes
 
 BLOCKS = 3
-
-
-class Stopped(Exception):
-    """Stands for whatever ends a process."""
-
-
-class StopAfter(SilentProgress):
-    """Raises once `blocks` blocks are done and on disk."""
-
-    def __init__(self, blocks: int) -> None:
-        self.left = blocks
-        self.lines: list[str] = []
-
-    def say(self, line: str) -> None:
-        self.lines.append(line)
-
-    def start(self, description: str, total: int) -> None:
-        if self.left == 0:
-            raise Stopped
-
-    def advance(self, units: int = 1, note: str = "") -> None:
-        self.left -= units
-        if self.left == 0:
-            raise Stopped
 
 
 @pytest.fixture(scope="module")

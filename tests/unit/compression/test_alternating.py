@@ -7,7 +7,6 @@ from ctp_kernels.descent import Quadratic
 
 from ctp_cli.compression.alternating import prune_by_turns
 from ctp_cli.compression.grid import GridRule
-from ctp_cli.compression.hessian import damped
 from ctp_cli.compression.masks import MaskRule
 from ctp_cli.compression.solver import SolverRule, solve
 
@@ -17,6 +16,10 @@ def problem(outputs: int = 64, inputs: int = 96, tokens: int = 2000) -> tuple[to
     mixing = torch.randn(inputs, inputs, generator=generator) * torch.logspace(0, -1, inputs)
     x_TI = torch.randn(tokens, inputs, generator=generator) @ mixing
     return torch.randn(outputs, inputs, generator=generator), x_TI.T @ x_TI / tokens
+
+
+def damped(H: torch.Tensor, share: float) -> torch.Tensor:
+    return H + torch.eye(len(H)) * (share * H.diagonal().mean()).clamp(min=1e-30)
 
 
 def error(W: torch.Tensor, V: torch.Tensor, H: torch.Tensor) -> float:

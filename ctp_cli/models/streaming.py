@@ -1,0 +1,221 @@
+"""A model of which only what is in turn is in memory: decoder blocks are read from the checkpoint one by one."""
+
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import GenerationConfig, PreTrainedModel
+
+from ctp_cli.errors import InputError, UnsupportedModelError, is_out_of_memory
+from ctp_cli.models.blocks import Block, find_blocks
+from ctp_cli.models.loading import (
+    LOAD_FAILURES,
+    check_weight_files,
+    damaged,
+    dense_skeleton,
+    first_line,
+    load_config,
+    load_model,
+    quiet_transformers,
+    refuse_missing,
+    weight_files,
+)
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """A tensor of the checkpoint."""
+
+    name: str
+    file: Path
+    shape: tuple[int, ...]
+
+
+class _Promise:
+    """Stands for a stored tensor where transformers loads a checkpoint: it becomes a tensor without memory.
+
+    Its number, from 1, is the storage offset of that tensor, by which the parameter it turned into is known again
+    whatever that parameter is called. So checkpoints of all namings are read block by block, without a list of them.
+    """
+
+    def __init__(self, number: int, stored: _Stored) -> None:
+        self._number, self._stored = number, stored
+
+    def __getitem__(self, _: object) -> "_Promise":
+        return self
+
+    def to(self, *, dtype: torch.dtype, **_: Any) -> Tensor:
+        shape = torch.Size(self._stored.shape)
+        return torch.empty(self._number + shape.numel(), dtype=dtype, device="meta")[self._number :].view(shape)
+
+
+class BlockStream:
+    """The decoder blocks of a model, of which at most one has its weights in memory."""
+
+    def __init__(self, network: PreTrainedModel, stored: list[_Stored], device: str) -> None:
+        self.network, self.blocks = network, find_blocks(network)
+        self._device = device
+        self._open: Block | None = None
+        self._sources = {name: _source(name, tensor, stored) for name, tensor in _tensors(network) if tensor.is_meta}
+        in_blocks = tuple(f"{block.name}." for block in self.blocks)
+        rest = {name: source for name, source in self._sources.items() if not name.startswith(in_blocks)}
+        _exchange(network, dict(self._read(network, rest)))
+        _exchange(network, {name: tensor.to(device) for name, tensor in _tensors(network) if not tensor.is_meta})
+
+    def open(self, block: Block) -> None:
+        """Read a block's weights, unless they are in memory, and forget those of the block before it."""
+        if self._open is not None and self._open.index == block.index:
+            return
+        self.close()
+        self._open = block
+        _exchange(block.module, dict(self._read(block.module, self._of(block))))
+
+    def close(self) -> None:
+        """Forget the weights of the block that is in memory, and what was done to them."""
+        if self._open is not None:
+            _forget(self._open.module, self._of(self._open))
+            self._open = None
+
+    def forget_the_rest(self) -> None:
+        """Forget embeddings, head and whatever else belongs to no block; only blocks can be run from then on."""
+        prefixes = tuple(f"{block.name}." for block in self.blocks)
+        names = {name for name, x in _tensors(self.network) if isinstance(x, nn.Parameter)}
+        _forget(self.network, {name for name in names if not name.startswith(prefixes)})
+
+    def _of(self, block: Block) -> dict[str, _Stored]:
+        prefix = f"{block.name}."
+        return {name.removeprefix(prefix): s for name, s in self._sources.items() if name.startswith(prefix)}
+
+    def _read(self, module: nn.Module, sources: Mapping[str, _Stored]) -> Iterator[tuple[str, Tensor]]:
+        """Tensors as they are in the files, in the dtypes and on the device they are to have here.
+
+        On the CPU they are views of the mapped file, private to this process. It is opened for each block anew: what is
+        written into such a view takes memory until no tensor is left of the mapping.
+        """
+        wanted = dict(_tensors(module))
+        for file in sorted({source.file for source in sources.values()}):
+            try:
+                with safe_open(file, "pt") as handle:
+                    for name, source in sources.items():
+                        if source.file == file:
+                            tensor = handle.get_tensor(source.name).to(self._device, wanted[name].dtype)
+                            # a copy of the block copies the storages of its buffers whole
+                            yield name, tensor if isinstance(wanted[name], nn.Parameter) else tensor.clone()
+            except (SafetensorError, OSError) as error:
+                raise damaged(file, error) from None
+
+
+def stream_model(path: Path, *, device: str = "cpu") -> BlockStream:
+    """What `load_model` gives, with the weights of all blocks on the meta device until their turn.
+
+    Buffers that no checkpoint holds are made by transformers, as ever. Raises InputError for a missing, damaged or
+    unsupported checkpoint; UnsupportedModelError for a family whose weights are merged or split as they are loaded.
+    """
+    config = load_config(path)
+    check_weight_files(path)
+    stored = list(_stored_tensors(path))
+    state: dict[str, Any] = {}
+    try:
+        skeleton, _ = dense_skeleton(config)
+        # whatever lies in a list, as decoder blocks do, is promised; of the rest, tied weights have to be compared
+        for number, one in enumerate(stored, 1):
+            in_list = any(part.isdigit() for part in one.name.split("."))
+            state[one.name] = _Promise(number, one) if in_list else _read_one(one)
+        with quiet_transformers():
+            factory: Any = type(skeleton)  # the Auto class insists on a path
+            network, info = factory.from_pretrained(
+                None, config=skeleton.config, state_dict=state, dtype=_dtype(config, stored), output_loading_info=True
+            )
+        refuse_missing(path, info["missing_keys"])
+        if network.can_generate():
+            network.generation_config = _generation_config(path)
+        return BlockStream(network.eval().requires_grad_(False), stored, device)
+    except LOAD_FAILURES as error:
+        if is_out_of_memory(error):
+            raise
+        raise InputError(
+            f"{path}: the weights cannot be loaded ({first_line(error)})",
+            hint="download or compress the model again",
+        ) from None
+
+
+def _stored_tensors(path: Path) -> Iterator[_Stored]:
+    for file in sorted(set(weight_files(path).values())):
+        with safe_open(file, "pt") as handle:
+            for name in handle.keys():  # noqa: SIM118 - not a dict
+                yield _Stored(name, file, tuple(handle.get_slice(name).get_shape()))
+
+
+def _read_one(stored: _Stored) -> Tensor:
+    with safe_open(stored.file, "pt") as handle:
+        tensor: Tensor = handle.get_tensor(stored.name)
+    return tensor
+
+
+def _dtype(config: Any, stored: list[_Stored]) -> torch.dtype:
+    """The configuration's, or that of the first weights stored."""
+    if config.dtype is not None:
+        named: torch.dtype = config.dtype
+        return named
+    floating = (tensor.dtype for tensor in map(_read_one, stored) if tensor.is_floating_point())
+    return next(floating, torch.float32)
+
+
+def _generation_config(path: Path) -> GenerationConfig:
+    """As `from_pretrained` with a path has it, which sees to this file itself."""
+    try:
+        return GenerationConfig.from_pretrained(path)
+    except OSError:
+        return GenerationConfig.from_pretrained(path, config_file_name="config.json", _from_model_config=True)
+
+
+def _source(name: str, tensor: Tensor, stored: list[_Stored]) -> _Stored:
+    number = tensor.storage_offset() - 1
+    if 0 <= number < len(stored) and stored[number].shape == tuple(tensor.shape):
+        return stored[number]
+    raise UnsupportedModelError(
+        f"{name}: no tensor of the checkpoint as it stands, but made of others as they are loaded",
+        hint="save the model with tensors named and shaped as transformers has them in memory",
+    )
+
+
+def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Every parameter and buffer under all of its names; tied ones have several."""
+    yield from module.named_parameters(remove_duplicate=False)
+    yield from module.named_buffers(remove_duplicate=False)
+
+
+def _exchange(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Put tensors in place of those named so; what was one parameter under several names stays one."""
+    exchanged: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}
+    for name, tensor in tensors.items():
+        owner, _, last = name.rpartition(".")
+        place = module.get_submodule(owner)
+        before = place._parameters.get(last)
+        if before is None:
+            place._buffers[last] = tensor
+        else:  # kept beside the new one, lest its id be taken anew
+            pair = exchanged.setdefault(id(before), (before, nn.Parameter(tensor, requires_grad=False)))
+            place._parameters[last] = pair[1]
+
+
+def _forget(module: nn.Module, names: Collection[str]) -> None:
+    _exchange(module, {name: torch.empty_like(x, device="meta") for name, x in _tensors(module) if name in names})
+
+
+class WholeModel:
+    """What `BlockStream` offers, of a model that is loaded whole: for what needs all of it at once."""
+
+    def __init__(self, path: Path, *, device: str) -> None:
+        self.network = load_model(path, device=device)
+        self.blocks = find_blocks(self.network)
+
+    def open(self, block: Block) -> None: ...
+
+    def close(self) -> None: ...
+
+    def forget_the_rest(self) -> None: ...
