@@ -8,7 +8,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from ctp_kernels.cpu.build import AVX512_BF16, load
+from ctp_kernels.cpu.build import AVX2, AVX512_BF16, load
 from ctp_kernels.ragged import unpack_bits, unpack_kept
 
 
@@ -28,7 +28,7 @@ def dense_rows(
     Shapes: codes uint8, the rows' bit streams one after the other; mask_OB (O, I / 8) uint8, None where every weight is
         stored; starts_O (O + 1,) int64, the byte at which each row begins (`ctp_kernels.ragged`); scales_OG (O, G) and
         zeros_OG (O, G), any dtype; g_idx_I (I,) the group of each column, None for equal runs.
-    Products are float32, rounded once. On a CPU with AVX-512 BF16 and a C++ compiler bfloat16 and float32 go through a
+    Products are float32, rounded once. On a CPU with AVX2 and a C++ compiler bfloat16 and float32 go through a
     compiled kernel, whose bits are the same.
     Raises: ValueError if codes and mask do not go together.
     """
@@ -62,7 +62,7 @@ def dense_rows(
 
 
 def _library() -> ctypes.CDLL | None:
-    library = load("unpack", AVX512_BF16)
+    library = load("unpack", AVX512_BF16, AVX2)
     if library is None:
         return None
     pointer, number = ctypes.c_void_p, ctypes.c_int64

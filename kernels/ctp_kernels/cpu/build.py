@@ -44,7 +44,7 @@ class Level:
     flags: tuple[str, ...]
 
 
-AVX2 = Level(("avx2", "fma", "f16c"), ("-mavx2", "-mfma", "-mf16c"))
+AVX2 = Level(("avx2", "fma", "bmi2", "popcnt"), ("-mavx2", "-mfma", "-mbmi2", "-mpopcnt"))
 AVX512 = Level(
     ("avx512f", "avx512bw", "avx512vl", "avx512dq", "fma", "popcnt"),
     ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mpopcnt", "-mprefer-vector-width=512"),

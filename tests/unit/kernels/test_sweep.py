@@ -49,7 +49,7 @@ def test_columns_are_taken_as_the_papers_say(
     if not compiled:
         monkeypatch.setattr(sweep, "_library", lambda: None)
     elif sweep._library() is None:
-        pytest.skip("this processor has no AVX-512, or there is no C++ compiler")
+        pytest.skip("this processor has no AVX2, or there is no C++ compiler")
     given = problem(24, outputs, grids, pruned)
     group_of = [0] * 24 if grids is None else [c % grids for c in range(24)]
     # a block of a wider factor, as the solver hands it over
@@ -71,7 +71,7 @@ def test_columns_are_taken_as_the_papers_say(
 
 def test_any_number_of_threads_gives_the_same_bits() -> None:
     if sweep._library() is None:
-        pytest.skip("this processor has no AVX-512, or there is no C++ compiler")
+        pytest.skip("this processor has no AVX2, or there is no C++ compiler")
     given = problem(64, 200, 1, True)
     grids = Grids(given["scales"], given["zeros"], torch.zeros(64, dtype=torch.int32), 15)
     results, before = [], torch.get_num_threads()
@@ -90,7 +90,7 @@ def test_rounding_errors_are_those_of_each_grid(outputs: int, compiled: bool, mo
     if not compiled:
         monkeypatch.setattr(sweep, "_library", lambda: None)
     elif sweep._library() is None:
-        pytest.skip("this processor has no AVX-512, or there is no C++ compiler")
+        pytest.skip("this processor has no AVX2, or there is no C++ compiler")
     given = problem(24, outputs, 5, pruned=False)
     errors = rounding_errors(given["W"], given["scales"], given["zeros"], 15)
     for scale, zero, error in zip(given["scales"].double(), given["zeros"].double(), errors, strict=True):
@@ -108,7 +108,7 @@ def test_each_code_becomes_the_best_while_others_stay(
     if not compiled:
         monkeypatch.setattr(sweep, "_library", lambda: None)
     elif sweep._library() is None:
-        pytest.skip("this processor has no AVX-512, or there is no C++ compiler")
+        pytest.skip("this processor has no AVX2, or there is no C++ compiler")
     generator = torch.Generator().manual_seed(0)
     x_TI = torch.randn(300, 24, generator=generator) @ torch.randn(24, 24, generator=generator)
     H, W = x_TI.T @ x_TI / 300, torch.randn(7, 24, generator=generator)
