@@ -84,8 +84,9 @@ def estimate(job: Job, network: PreTrainedModel, blocks: Sequence[Block], *, win
     batch = max(BATCH_TOKENS.get(device, 2048), section.seqlen)
 
     solver = max(_solver_bytes(block, job, full) for block in shapes)
+    linear_bits = 8 * item if job.settings is None else job.settings.bits + 20 / max(job.settings.group_size, 32)
     # weights, those of the full model beside, codes, and what is written: once laid out, once as bytes
-    block_bytes = max(in_blocks) * (item * (2 if full else 1) + 1 + 2 * item)
+    block_bytes = max(in_blocks) * (item * (2 if full else 1) + 1 + 2 * linear_bits / 8)
     # what one batch holds at once, part of it in float32
     batch_bytes = batch * 4 * (6 * width + 2 * widest)
     walking, solving = 2 * outside_bytes + max(in_blocks) * item, block_bytes + solver
@@ -107,7 +108,6 @@ def estimate(job: Job, network: PreTrainedModel, blocks: Sequence[Block], *, win
         # both models whole, and of tuned weights their changes, gradients and moments; forward, and backward twice
         fixed += 2 * parameters * item + (20 * linear if section.tune == "weights" else 0)
         operations += 8 * parameters * section.seqlen * section.tune_windows
-    linear_bits = 8 * item if job.settings is None else job.settings.bits + 20 / max(job.settings.group_size, 32)
     return Estimate(
         fixed_bytes=int(fixed),
         activation_bytes=int(suspended),
@@ -122,11 +122,13 @@ def estimate(job: Job, network: PreTrainedModel, blocks: Sequence[Block], *, win
 
 
 def _solver_bytes(block: Sequence[tuple[int, int]], job: Job, full: bool) -> int:
-    """Of the widest set of layers that may share an input: those of equal width that follow one another."""
+    """Of the widest set of layers that may share an input, among those of equal width that follow one another."""
     most, together = 0, 0
     for inputs, layers in itertools.groupby(block, key=lambda shape: shape[1]):
         outputs = [o for o, _ in layers]
-        hessian, all_of_them, largest = 4 * inputs**2, 4 * sum(outputs) * inputs, 4 * max(outputs) * inputs
+        # a gate and its like, or queries, keys and values
+        in_set = min(sum(outputs), max(2 * max(outputs), 3 * min(outputs)))
+        hessian, all_of_them, largest = 4 * inputs**2, 4 * in_set * inputs, 4 * max(outputs) * inputs
         together += hessian
         moments = [2.5 * hessian + 10 * largest + all_of_them] if job.rule.mask else []  # the alternating pruner
         moments.append(3 * hessian + 3 * all_of_them)  # the factor; the sweep over all layers
