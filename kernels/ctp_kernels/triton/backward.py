@@ -53,7 +53,7 @@ def input_gradient(
     for first in tl.range(0, padded_outputs, BN):
         rows_N = first + tl.arange(0, BN)
         gy_MN = tl.load(gy_M1 + rows_N[None, :], mask=seen_M1 & (rows_N < outputs)[None, :], other=0.0)
-        w_NU, at_U = plane_tile(
+        w_NU, _at_U = plane_tile(
             stored, (scales, zeros), rows_N, places_U, plane, sizes, LAYOUT, BITS, GROUP, BLOCK, PLANES, DTYPE
         )
         sum_MU = tl.dot(gy_MN, w_NU, sum_MU, input_precision="ieee")
@@ -182,11 +182,10 @@ def _rank(mask, starts, row_NU, u_1U, half, place, U: tl.constexpr):
         bits_NU = (tl.load(wide + row_NU * WORDS + word).to(tl.uint64, bitcast=True) >> (8 * half)) & BYTES
         # bytes of earlier units count whole, one's own below its place, later ones not at all
         before_1U = tl.minimum(tl.maximum(u_1U - 4 * word, 0), 4)
-        own_1U = tl.where((u_1U // 4) == word, ((1 << place) - 1), 0).to(tl.uint64) << (before_1U % 4 * 16).to(
-            tl.uint64
-        )
+        shift_1U = (before_1U % 4 * 16).to(tl.uint64)
+        own_1U = tl.where((u_1U // 4) == word, (1 << place) - 1, 0).to(tl.uint64) << shift_1U
         # shifting 64 bits by 64 is undefined
-        whole_1U = tl.where(before_1U == 4, 0xFFFFFFFFFFFFFFFF, (1 << (before_1U % 4 * 16).to(tl.uint64)) - 1)
+        whole_1U = tl.where(before_1U == 4, 0xFFFFFFFFFFFFFFFF, (1 << shift_1U) - 1)
         rank_NU += popcount(bits_NU & (whole_1U | own_1U))
     own_NU = tl.load(mask + row_NU * U + u_1U).to(tl.int32)
     return rank_NU, ((own_NU >> (8 * half + place)) & 1) != 0

@@ -59,7 +59,7 @@ def choose(batch: int, weight: PackedWeight, device: Device) -> Config:
 def default(batch: int, weight: PackedWeight, device: Device) -> Config:
     """As many programs as the GPU has processors twice over, by splitting inputs where outputs are too few.
 
-    Splits are no deeper than four blocks each, so that loads can run ahead; they end where a batch fills the GPU by itself.
+    A split has four blocks or more, so that loads can run ahead; larger batches fill the GPU without.
     """
     block_m = max(16, min(_power(batch), 64))
     block_n = 64 if weight.layout == "bitmap" or weight.padded_outputs % 128 or block_m == 64 else 128
@@ -116,7 +116,7 @@ def tuning_path(gpu_name: str, folder: Path = TUNING) -> Path:
 
 @functools.cache
 def measured(gpu_name: str, folder: Path = TUNING) -> dict[str, dict[int, Config]]:
-    """{layer: {batch: configuration}} of this GPU, empty where nobody has measured; a file that cannot be read is said so."""
+    """{layer: {batch: configuration}} of this GPU; empty where nobody has measured."""
     path = tuning_path(gpu_name, folder)
     if not path.is_file():
         return {}

@@ -10,7 +10,7 @@ M=batch x tokens N=outputs U=places of a plane
 Shared by the functions below: `inputs` is (x_1M, seen_1M), pointers and mask of x; `grid` is (scales, zeros); `tile` is
 (block, row, rows_N): the block of inputs, where the tile begins among all (block, output), and its outputs; `sizes` is
 (padded_outputs, padded_inputs).
-SCALE_AFTER: groups consist of whole segments, so a segment's sum is scaled; else its weights are, before they are added.
+SCALE_AFTER: groups consist of whole segments, whose sums are scaled; else weights are, before they are added.
 """
 
 import triton

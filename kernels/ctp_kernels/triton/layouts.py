@@ -1,11 +1,11 @@
 """Weights as the kernels read them: repacked once, when a model is loaded, from codes and a mask.
 
-Inputs are cut into blocks, and all outputs of a block lie together: (blocks, N, ...), so that a tile of N x block is one
-run of memory. Every stored field is `code ^ zero`, 0 for a pruned weight (see `values`). Inputs are padded to whole
-blocks, and outputs to a multiple of 64, with pruned weights of scale 0.
+Inputs are cut into blocks, and all outputs of a block lie together: (blocks, N, ...), so that a tile of outputs x block
+is one run of memory. Every stored field is `code ^ zero`, 0 for a pruned weight (see `values`). Inputs are padded to
+whole blocks, and outputs to a multiple of 64, with pruned weights of scale 0.
 
-- dense, 2, 4 and 8 bits: bytes; bits b p.. of byte u are input u of plane p, and a block's planes are consecutive runs of
-  128 b / 8 inputs. 3 bits: two planar bytes of 2 bits and one of 1 bit (`high`) per 8 inputs, over blocks of 256.
+- dense: the 8 / b planes of a block are consecutive runs of its inputs, and field p of byte u is input u of plane p.
+  3 bits: two bytes of 2-bit fields, each for one half of a block, and one byte of 1-bit fields (`high`) for 8 inputs.
 - 2:4: per four inputs two fields (`codes`, 4 bits each, or 8 for 8-bit codes; fewer bits are stored in 4) and two
   positions (`mask`, 4 bits). Low halves of `mask` belong to the first 128 inputs of a block, high ones to the others.
 - 8:16: per 16 inputs 8 fields in one integer (`codes`; 3 bits: 16 bits there and 8 in `high`) and 16 bits of `mask`.
@@ -18,7 +18,8 @@ Bits per weight without scales: dense b; 2:4 3 (4 bits), 5 (8 bits); 8:16 b / 2 
 N=outputs K=inputs G=groups B=blocks U=units of a block
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -80,8 +81,8 @@ class PackedWeight:
         return {name: x for name in names if (x := getattr(self, name)) is not None}
 
     def to(self, device: torch.device | str) -> "PackedWeight":
-        plain = {name: getattr(self, name) for name in ("layout", "bits", "outputs", "inputs", "group_size")}
-        return PackedWeight(**plain, **{name: x.to(device) for name, x in self.tensors().items()})
+        moved: dict[str, Any] = {name: x.to(device) for name, x in self.tensors().items()}
+        return replace(self, **moved)
 
 
 def block_of(layout: str, bits: int) -> int:
@@ -92,7 +93,8 @@ def block_of(layout: str, bits: int) -> int:
 def from_parts(parts: reference.PackedParts, *, layout: str | None = None) -> PackedWeight:
     """A stored layer (docs/format-ctp.md) for the kernels; by default in the tightest layout that its mask allows.
 
-    Raises: ValueError as `pack`, for groups that are no runs of inputs (`g_idx`), and for codes that do not fit the mask.
+    Raises: ValueError as `pack`, for groups that are no runs of inputs (`g_idx`), and for codes that the mask does not
+        ask for.
     """
     runs_K = torch.arange(parts.inputs, device=parts.codes.device) // (parts.inputs // parts.scales.shape[1])
     if parts.g_idx is not None and not torch.equal(parts.g_idx.long(), runs_K):

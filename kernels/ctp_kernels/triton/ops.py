@@ -40,8 +40,8 @@ def matmul(x: Tensor, weight: PackedWeight, *, config: Config | None = None) -> 
 def input_gradient(gy: Tensor, weight: PackedWeight) -> Tensor:
     """gx = gy W: the gradient with respect to x from that with respect to y.
 
-    Shapes: gy (..., N), dtypes as in `matmul`; returns (..., K) in gy's dtype. Weights are rounded to it before products,
-        which are added up in float32.
+    Shapes: gy (..., N), dtypes as in `matmul`; returns (..., K) in gy's dtype. Weights are rounded to it, products are
+        added up in float32.
     Raises: as `matmul`.
     """
     from ctp_kernels.triton import backward
