@@ -10,7 +10,7 @@ import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ctp_kernels.triton.layouts import PackedWeight, block_of
+from ctp_kernels.triton.layouts import PackedWeight
 
 log = logging.getLogger(__name__)
 
@@ -47,32 +47,42 @@ class Device:
         return _SHARED_BYTES.get(self.capability, _LEAST_SHARED_BYTES)
 
 
-def choose(batch: int, weight: PackedWeight, device: Device) -> Config:
-    """The measured configuration for the nearest batch size of this layer and GPU, else `default`."""
+def choose(batch: int, weight: PackedWeight, device: Device, element_bytes: int = 2) -> Config:
+    """The measured configuration for the nearest batch size of this layer and GPU, else `default`.
+
+    element_bytes: of an activation.
+    """
     known = measured(device.name).get(layer_key(weight), {})
     if known:
         nearest = min(known, key=lambda size: abs(bucket(batch) - size))
         return known[nearest]
-    return default(batch, weight, device)
+    return default(batch, weight, device, element_bytes)
 
 
-def default(batch: int, weight: PackedWeight, device: Device) -> Config:
+def default(batch: int, weight: PackedWeight, device: Device, element_bytes: int = 2) -> Config:
     """As many programs as the GPU has processors twice over, by splitting inputs where outputs are too few.
 
-    A split has four blocks or more, so that loads can run ahead; larger batches fill the GPU without.
+    A split has four blocks or more, so that loads can run ahead; larger batches fill the GPU without. Tiles are the
+    largest of which compiled kernels keep everything in registers.
     """
-    block_m = max(16, min(_power(batch), 64))
-    block_n = 64 if weight.layout == "bitmap" or weight.padded_outputs % 128 or block_m == 64 else 128
+    heavy = weight.layout == "bitmap" or weight.block == 512
+    block_m = max(16, min(_power(batch), 32 if heavy else 64))
+    block_n, warps, stages = 128, 4, 2 if weight.layout == "bitmap" else 3
+    if batch > 64 and not heavy and device.capability in ((9, 0), (10, 0)):
+        block_m, warps = 128, 8  # sums are in tensor memory there, or spread over two warpgroups
+    elif heavy or block_m > 32:
+        block_n = 64
+    if weight.padded_outputs % block_n:
+        block_n, warps = 64, 4
     tiles = -(-batch // block_m) * (weight.padded_outputs // block_n)
     blocks = weight.padded_inputs // weight.block
     splits = max(1, min(-(-2 * device.processors // tiles), blocks // 4, 16)) if batch <= 64 else 1
-    stages = 2 if weight.layout == "bitmap" else 3
-    while stages > 1 and shared_bytes(Config(block_m, block_n, splits, 4, stages), weight) > device.shared_bytes:
-        stages -= 1
-    return Config(block_m, block_n, splits, 4, stages)
+    deepest = (Config(block_m, block_n, splits, warps, depth) for depth in range(stages, 1, -1))
+    fits = (config for config in deepest if shared_bytes(config, weight, device, element_bytes) <= device.shared_bytes)
+    return next(fits, Config(block_m, block_n, splits, warps, 1))
 
 
-def candidates(batch: int, weight: PackedWeight, device: Device) -> list[Config]:
+def candidates(batch: int, weight: PackedWeight, device: Device, element_bytes: int = 2) -> list[Config]:
     """What `tune` tries: everything that fits into shared memory and splits inputs no finer than their blocks."""
     blocks = weight.padded_inputs // weight.block
     found = [
@@ -86,19 +96,27 @@ def candidates(batch: int, weight: PackedWeight, device: Device) -> list[Config]
         for warps in (4, 8)
         for stages in (1, 2, 3, 4)
     ]
-    return [config for config in found if shared_bytes(config, weight) <= device.shared_bytes]
+    return [config for config in found if shared_bytes(config, weight, device, element_bytes) <= device.shared_bytes]
 
 
-def shared_bytes(config: Config, weight: PackedWeight) -> int:
-    """An upper estimate, in bytes: stages of codes, masks and 16-bit inputs, or the tile of y on its way out."""
-    block = block_of(weight.layout, weight.bits)
-    bits_per_weight = {"dense": weight.bits, "2:4": 3, "8:16": weight.bits / 2 + 1, "bitmap": 10}[weight.layout]
-    if weight.layout == "2:4" and weight.bits == 8:
-        bits_per_weight = 5
-    per_stage = block * (config.block_n * bits_per_weight / 8 + config.block_m * 2)
-    if weight.group_size % 128 or (weight.layout == "8:16" and weight.group_size % block):
-        per_stage += config.block_n * block // weight.stride * 3  # tiles of scales and zeros
-    return max(int(config.stages * per_stage), config.block_m * config.block_n * 4)
+def shared_bytes(config: Config, weight: PackedWeight, device: Device, element_bytes: int = 2) -> int:
+    """What a program needs at most: stages of codes, masks and inputs, or the tile of y on its way out."""
+    block = weight.block
+    # of a bitmap: masks, and two or three words for the codes of 8 weights
+    windows = 2 + 4 * (3 if weight.bits == 8 else 2)
+    two_four = 5 if weight.bits == 8 else 3
+    bits = {"dense": weight.bits, "2:4": two_four, "8:16": weight.bits / 2 + 1, "bitmap": windows}[weight.layout]
+    weights = block * config.block_n * bits / 8
+    if not weight.scales_segments:
+        weights += config.block_n * block // weight.stride * 3  # tiles of scales and zeros
+    inputs = block * config.block_m * element_bytes
+    # warpgroups read inputs from shared memory while the next ones arrive
+    ahead = config.stages - 1
+    staged = ahead * weights + (ahead + (device.capability >= (9, 0))) * inputs + config.block_n * 4
+    if weight.zeros_GN is not None or not weight.scales_segments:
+        # a plane of weights meets its zero points and scales in another arrangement than the one products want
+        staged += config.block_n * (block // weight.planes) * element_bytes
+    return max(int(staged), config.block_m * config.block_n * 4)
 
 
 def layer_key(weight: PackedWeight) -> str:

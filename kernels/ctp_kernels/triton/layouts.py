@@ -72,6 +72,18 @@ class PackedWeight:
         return {"dense": 1, "2:4": 4, "8:16": 16, "bitmap": 8}[self.layout]
 
     @property
+    def planes(self) -> int:
+        """Tiles of weights that a block consists of."""
+        if self.layout == "dense":
+            return 8 if self.bits == 3 else 8 // self.bits
+        return {"2:4": 8, "8:16": 16, "bitmap": 16}[self.layout]
+
+    @property
+    def scales_segments(self) -> bool:
+        """Whether groups are whole segments of inputs, whose sums can be scaled instead of their weights."""
+        return self.group_size % (self.block if self.layout == "8:16" else 128) == 0
+
+    @property
     def weight_bytes(self) -> int:
         """Of all tensors: codes, masks, positions, scales and zeros."""
         return sum(x.numel() * x.element_size() for x in self.tensors().values())
@@ -86,7 +98,9 @@ class PackedWeight:
 
 
 def block_of(layout: str, bits: int) -> int:
-    """Inputs of one block."""
+    """Inputs of one block: so many that tiles of bytes are 32 wide and those of integers 16, as tensor cores want."""
+    if layout == "8:16" and bits == 3:
+        return 512
     return 128 if layout == "dense" and bits != 3 else 256
 
 
@@ -271,3 +285,61 @@ def _bitmap(flipped_NK: Tensor, keep_NK: Tensor, bits: int, block: int) -> dict[
         "starts": before_NH.view(before_NH.shape[0], -1, 2).transpose(0, 1).to(torch.int16).contiguous(),
         "rows": rows_N.to(torch.int32),
     }
+
+
+def unpack(weight: PackedWeight) -> tuple[Tensor, Tensor]:
+    """The inverse of `pack`: codes (N, K) uint8, and (N, K) bool, which weights are kept.
+
+    The code of a pruned weight is its zero point.
+    """
+    read = {"dense": _read_dense, "2:4": _read_two_four, "8:16": _read_eight_sixteen, "bitmap": _read_bitmap}
+    flipped_BNK, keep_BNK = read[weight.layout](weight)
+    flipped_NK, keep_NK = (
+        x.transpose(0, 1).flatten(1)[: weight.outputs, : weight.inputs] for x in (flipped_BNK, keep_BNK)
+    )
+    zeros_GN = weight.zeros_GN
+    if zeros_GN is None:
+        zeros_GN = torch.full_like(weight.scales_GN, 1 << (weight.bits - 1), dtype=torch.uint8)
+    group_K = torch.arange(weight.inputs, device=zeros_GN.device) // weight.group_size
+    return flipped_NK ^ zeros_GN.T[: weight.outputs, group_K], keep_NK
+
+
+def _read_dense(weight: PackedWeight) -> tuple[Tensor, Tensor]:
+    if weight.high is None:
+        flipped_BNK = separate(weight.codes, weight.bits, 8 // weight.bits).transpose(2, 3).flatten(2)
+    else:
+        low = separate(weight.codes.unflatten(2, (2, -1)), 2, 4).transpose(3, 4)
+        flipped_BNK = low.flatten(2) | separate(weight.high, 1, 8).transpose(2, 3).flatten(2) << 2
+    return flipped_BNK, torch.ones_like(flipped_BNK, dtype=torch.bool)
+
+
+def _read_two_four(weight: PackedWeight) -> tuple[Tensor, Tensor]:
+    assert weight.mask is not None
+    places = separate(separate(weight.mask, 4, 2).transpose(2, 3).flatten(2), 2, 2).long()
+    fields = separate(weight.codes, 8 if weight.bits == 8 else 4, 2)
+    quads = fields.new_zeros(*places.shape[:3], 4)
+    keep = torch.zeros_like(quads, dtype=torch.bool).scatter_(3, places, True)
+    return quads.scatter_(3, places, fields).flatten(2), keep.flatten(2)
+
+
+def _read_eight_sixteen(weight: PackedWeight) -> tuple[Tensor, Tensor]:
+    assert weight.mask is not None
+    keep = separate(weight.mask, 1, 16).bool()
+    words = weight.codes.to(torch.int64)
+    if weight.high is not None:
+        words = words & 0xFFFF | weight.high.to(torch.int64) << 16
+    fields = separate(words, weight.bits, 8)
+    # padding keeps nothing, and takes the last field, which is 0 there
+    ranks = (keep.cumsum(3) - 1).clamp(min=0)
+    return (fields.gather(3, ranks) * keep).flatten(2), keep.flatten(2)
+
+
+def _read_bitmap(weight: PackedWeight) -> tuple[Tensor, Tensor]:
+    assert weight.mask is not None and weight.rows is not None
+    keep_BNK = separate(weight.mask, 1, 16).unflatten(3, (2, -1)).transpose(2, 3).flatten(2).bool()
+    keep_NK = keep_BNK.transpose(0, 1).flatten(1)
+    stored = weight.codes.view(torch.uint8)
+    rows = zip((weight.rows * 4).tolist(), ((keep_NK.sum(1) * weight.bits + 7) // 8).tolist(), strict=True)
+    stream = torch.cat([stored[first : first + length] for first, length in rows])
+    flipped_NK = ragged.unpack_kept(stream, keep_NK, weight.bits)
+    return _blocks(flipped_NK, weight.block), keep_BNK

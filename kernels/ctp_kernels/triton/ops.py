@@ -49,16 +49,16 @@ def input_gradient(gy: Tensor, weight: PackedWeight) -> Tensor:
     _check(gy, weight, weight.outputs, "outputs")
     gy_MN = gy.reshape(-1, weight.outputs).contiguous()
     batch = gy_MN.shape[0]
-    planes, padded = _planes(weight), weight.padded_inputs
+    planes, padded = weight.planes, weight.padded_inputs
     gx_MK = gy_MN.new_empty(batch, padded)
     if batch:
-        block_m, block_n, places = min(64, max(16, 1 << (batch - 1).bit_length())), 64, 64
+        block_m, block_n, places = gradient_tile(batch, weight)
         grid = (planes * -(-padded // (planes * places)), -(-batch // block_m))
         with _on(gy):
             backward.input_gradient[grid](
-                gy_MN, gx_MK, *_tensors(weight), batch, weight.outputs, weight.padded_outputs, padded,
+                gy_MN, gx_MK, *operands(weight).values(), batch, weight.outputs, weight.padded_outputs, padded,
                 LAYOUT=weight.layout, BITS=weight.bits, GROUP=weight.group_size, BLOCK=weight.block, PLANES=planes,
-                BM=block_m, BN=block_n, BU=places, **_options(4, 2),
+                BM=block_m, BN=block_n, BU=places, **options(4, 2),
             )  # fmt: skip
     if weight.stride > 1:
         gx_MK = gx_MK.view(batch, weight.stride, -1).transpose(1, 2).reshape(batch, padded)
@@ -74,13 +74,14 @@ def dequantize(weight: PackedWeight, *, dtype: torch.dtype = torch.float16) -> T
 
     dense_NK = torch.empty(weight.outputs, weight.inputs, dtype=dtype, device=weight.codes.device)
     _check(dense_NK, weight, weight.inputs, "inputs")
-    planes, places, block_n = _planes(weight), 64, 32
+    planes, places, block_n = weight.planes, 64, 32
     grid = (planes * -(-weight.padded_inputs // (planes * places)), weight.padded_outputs // block_n)
     with _on(dense_NK):
         backward.dequantize[grid](
-            dense_NK, *_tensors(weight), weight.outputs, weight.inputs, weight.padded_outputs, weight.padded_inputs,
+            dense_NK, *operands(weight).values(),
+            weight.outputs, weight.inputs, weight.padded_outputs, weight.padded_inputs,
             LAYOUT=weight.layout, BITS=weight.bits, GROUP=weight.group_size, BLOCK=weight.block, PLANES=planes,
-            BN=block_n, BU=places, **_options(4, 1),
+            BN=block_n, BU=places, **options(4, 1),
         )  # fmt: skip
     return dense_NK
 
@@ -104,7 +105,7 @@ def _forward(x_MK: Tensor, weight: PackedWeight, config: Config | None) -> Tenso
     y_MN = x_MK.new_empty(batch, weight.outputs)
     if not batch:
         return y_MN
-    config = choose(batch, weight, _device(x_MK.device)) if config is None else config
+    config = choose(batch, weight, device_of(x_MK.device), x_MK.element_size()) if config is None else config
     if weight.padded_outputs % config.block_n or config.splits > weight.padded_inputs // weight.block:
         raise ValueError(f"{config}: block_n divides {weight.padded_outputs}, splits are no more than blocks of inputs")
     x_MK = laid_out(x_MK, weight)
@@ -112,13 +113,19 @@ def _forward(x_MK: Tensor, weight: PackedWeight, config: Config | None) -> Tenso
     grid = (weight.padded_outputs // config.block_n, -(-batch // config.block_m), config.splits)
     with _on(x_MK):
         forward.forward[grid](
-            x_MK, sums, *_tensors(weight), batch, weight.outputs, weight.padded_outputs, weight.padded_inputs,
-            LAYOUT=weight.layout, BITS=weight.bits, GROUP=weight.group_size, SCALE_AFTER=scale_after(weight),
+            x_MK, sums, *operands(weight).values(), batch, weight.outputs, weight.padded_outputs, weight.padded_inputs,
+            LAYOUT=weight.layout, BITS=weight.bits, GROUP=weight.group_size, SCALE_AFTER=weight.scales_segments,
             SPLITS=config.splits, BLOCK=weight.block, BM=config.block_m, BN=config.block_n,
-            **_options(config.warps, config.stages),
+            **options(config.warps, config.stages),
         )  # fmt: skip
     # partial sums are added in a fixed order: the same inputs give the same bits
     return y_MN if config.splits == 1 else sums.sum(0).to(x_MK.dtype)
+
+
+def gradient_tile(batch: int, weight: PackedWeight) -> tuple[int, int, int]:
+    """Tokens, outputs and places of `input_gradient`'s tiles; a bitmap's need more registers per weight."""
+    side = 32 if weight.layout == "bitmap" else 64
+    return min(64, max(16, 1 << (batch - 1).bit_length())), side, side
 
 
 def laid_out(x_MK: Tensor, weight: PackedWeight) -> Tensor:
@@ -130,20 +137,17 @@ def laid_out(x_MK: Tensor, weight: PackedWeight) -> Tensor:
     return x_MK.view(x_MK.shape[0], -1, weight.stride).transpose(1, 2).contiguous().flatten(1)
 
 
-def scale_after(weight: PackedWeight) -> bool:
-    """Whether groups consist of whole segments, whose sums can then be scaled."""
-    return weight.group_size % (weight.block if weight.layout == "8:16" else 128) == 0
-
-
-def _planes(weight: PackedWeight) -> int:
-    """Planes of one block."""
-    if weight.layout == "dense":
-        return 8 if weight.bits == 3 else 8 // weight.bits
-    return {"2:4": 8, "8:16": 16, "bitmap": 16}[weight.layout]
-
-
-def _tensors(weight: PackedWeight) -> tuple[Tensor | None, ...]:
-    return weight.codes, weight.high, weight.mask, weight.starts, weight.rows, weight.scales_GN, weight.zeros_GN
+def operands(weight: PackedWeight) -> dict[str, Tensor | None]:
+    """The weight's tensors under the names, and in the order, in which kernels take them."""
+    return {
+        "codes": weight.codes,
+        "high": weight.high,
+        "mask": weight.mask,
+        "starts": weight.starts,
+        "rows": weight.rows,
+        "scales": weight.scales_GN,
+        "zeros": weight.zeros_GN,
+    }
 
 
 def _check(x: Tensor, weight: PackedWeight, width: int, what: str) -> None:
@@ -169,8 +173,8 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
-def _options(warps: int, stages: int) -> dict[str, Any]:
-    """Fused multiply-add is asked for: triton's default is about to change, and warns."""
+def options(warps: int, stages: int) -> dict[str, Any]:
+    """Of a launch. Fused multiply-add is asked for: triton's default is about to change, and warns."""
     if interpreted():
         return {}
     return {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
@@ -182,7 +186,8 @@ def _on(x: Tensor) -> Any:
 
 
 @functools.cache
-def _device(device: torch.device) -> Device:
+def device_of(device: torch.device) -> Device:
+    """What configurations depend on."""
     if device.type != "cuda":
         return Device(device.type, (0, 0), 1)
     found = torch.cuda.get_device_properties(device)
