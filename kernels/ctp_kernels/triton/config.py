@@ -73,7 +73,7 @@ def default(batch: int, weight: PackedWeight, device: Device, element_bytes: int
     elif heavy or block_m > 32:
         block_n = 64
     if weight.padded_outputs % block_n:
-        block_n, warps = 64, 4
+        block_m, block_n, warps = min(block_m, 64), 64, 4
     tiles = -(-batch // block_m) * (weight.padded_outputs // block_n)
     blocks = weight.padded_inputs // weight.block
     splits = max(1, min(-(-2 * device.processors // tiles), blocks // 4, 16)) if batch <= 64 else 1
