@@ -20,6 +20,8 @@ _SHARED_BYTES = {(8, 0): 166912, (8, 6): 101376, (8, 9): 101376, (9, 0): 232448,
 """What one program may use of an NVIDIA GPU's shared memory, by compute capability."""
 _LEAST_SHARED_BYTES = 65536
 """The same of gfx942, and the bound for GPUs not named here."""
+_WARPGROUPS = ((9, 0), (10, 0))
+"""Whose tensor cores take inputs from shared memory."""
 _BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 
@@ -68,7 +70,7 @@ def default(batch: int, weight: PackedWeight, device: Device, element_bytes: int
     heavy = weight.layout == "bitmap" or weight.block == 512
     block_m = max(16, min(_power(batch), 32 if heavy else 64))
     block_n, warps, stages = 128, 4, 2 if weight.layout == "bitmap" else 3
-    if batch > 64 and not heavy and device.capability in ((9, 0), (10, 0)):
+    if batch > 64 and not heavy and device.capability in _WARPGROUPS:
         block_m, warps = 128, 8  # sums are in tensor memory there, or spread over two warpgroups
     elif heavy or block_m > 32:
         block_n = 64
@@ -101,21 +103,23 @@ def candidates(batch: int, weight: PackedWeight, device: Device, element_bytes: 
 
 def shared_bytes(config: Config, weight: PackedWeight, device: Device, element_bytes: int = 2) -> int:
     """What a program needs at most: stages of codes, masks and inputs, or the tile of y on its way out."""
-    block = weight.block
+    block, places = weight.block, weight.block // weight.planes
     # of a bitmap: masks, and two or three words for the codes of 8 weights
     windows = 2 + 4 * (3 if weight.bits == 8 else 2)
     two_four = 5 if weight.bits == 8 else 3
     bits = {"dense": weight.bits, "2:4": two_four, "8:16": weight.bits / 2 + 1, "bitmap": windows}[weight.layout]
     weights = block * config.block_n * bits / 8
-    if not weight.scales_segments:
-        weights += config.block_n * block // weight.stride * 3  # tiles of scales and zeros
+    tiled_grid = not weight.scales_segments and (weight.layout != "dense" or weight.group_size % places != 0)
+    if tiled_grid:
+        grid_bytes = 2 if weight.zeros_GN is None else 3
+        weights += config.block_n * block // weight.stride * grid_bytes
     inputs = block * config.block_m * element_bytes
     # warpgroups read inputs from shared memory while the next ones arrive
     ahead = config.stages - 1
-    staged = ahead * weights + (ahead + (device.capability >= (9, 0))) * inputs + config.block_n * 4
-    if weight.zeros_GN is not None or not weight.scales_segments:
+    staged = ahead * weights + (ahead + (device.capability in _WARPGROUPS)) * inputs + config.block_n * 4
+    if weight.zeros_GN is not None or tiled_grid:
         # a plane of weights meets its zero points and scales in another arrangement than the one products want
-        staged += config.block_n * (block // weight.planes) * element_bytes
+        staged += config.block_n * places * element_bytes
     return max(int(staged), config.block_m * config.block_n * 4)
 
 

@@ -127,15 +127,16 @@ def _dense(
             if BITS == 3:
                 flipped_NU = flipped_NU | (((high_NU >> (half * PLANES + plane)) & 1) << 2)
             first = block * BLOCK + (half * PLANES + plane) * U
+            at_U = first + places_U
             if SCALE_AFTER:
-                part_NM = _add(part_NM, flipped_NU, zeros_N1, None, inputs, first + places_U, BITS, DTYPE)
+                part_NM = _add(part_NM, flipped_NU, zeros_N1, None, inputs, at_U, BITS, DTYPE)
+            elif GROUP % U == 0:  # a plane is a segment
+                scale_N1, zeros_N1 = _column(grid, tile, sizes, first, GROUP)
+                plane_NM = _add(tl.zeros_like(sum_NM), flipped_NU, zeros_N1, None, inputs, at_U, BITS, DTYPE)
+                part_NM = part_NM + plane_NM * scale_N1.to(tl.float32)
             else:
-                # a plane within one group needs one column of scales
-                if GROUP % U == 0:
-                    scale_NU, zeros_NU = _column(grid, tile, sizes, first, GROUP)
-                else:
-                    scale_NU, zeros_NU = scale_tile(grid, rows_N, first + places_U, sizes[0], GROUP)
-                part_NM = _add(part_NM, flipped_NU, zeros_NU, scale_NU, inputs, first + places_U, BITS, DTYPE)
+                scale_NU, zeros_NU = scale_tile(grid, rows_N, at_U, sizes[0], GROUP)
+                part_NM = _add(part_NM, flipped_NU, zeros_NU, scale_NU, inputs, at_U, BITS, DTYPE)
         sum_NM = sum_NM + part_NM * scale_N1.to(tl.float32) if SCALE_AFTER else part_NM
     return sum_NM
 
