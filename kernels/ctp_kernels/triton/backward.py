@@ -175,17 +175,24 @@ def _rank(mask, starts, row_NU, u_1U, half, place, U: tl.constexpr):
     mask holds both halves of a block's bits in the bytes of 16-bit integers; here it is read as 64-bit ones.
     """
     WORDS: tl.constexpr = U // 4
-    BYTES: tl.constexpr = 0x00FF00FF00FF00FF
-    wide = mask.to(tl.pointer_type(tl.int64))
+    wide = mask.to(tl.pointer_type(tl.int64)) + row_NU * WORDS
     rank_NU = tl.load(starts + row_NU * 2 + half).to(tl.int32) & 0xFFFF
-    for word in tl.static_range(WORDS):
-        bits_NU = (tl.load(wide + row_NU * WORDS + word).to(tl.uint64, bitcast=True) >> (8 * half)) & BYTES
-        # bytes of earlier units count whole, one's own below its place, later ones not at all
-        before_1U = tl.minimum(tl.maximum(u_1U - 4 * word, 0), 4)
-        shift_1U = (before_1U % 4 * 16).to(tl.uint64)
-        own_1U = tl.where((u_1U // 4) == word, (1 << place) - 1, 0).to(tl.uint64) << shift_1U
-        # shifting 64 bits by 64 is undefined
-        whole_1U = tl.where(before_1U == 4, 0xFFFFFFFFFFFFFFFF, (1 << shift_1U) - 1)
-        rank_NU += popcount(bits_NU & (whole_1U | own_1U))
+    for pair in tl.static_range(WORDS // 2):
+        # every other byte of a word belongs to this half, so two words make one
+        even_NU = _earlier(tl.load(wide + 2 * pair), u_1U - 8 * pair, half, place)
+        odd_NU = _earlier(tl.load(wide + 2 * pair + 1), u_1U - 8 * pair - 4, half, place)
+        rank_NU += popcount(even_NU | (odd_NU << 8))
     own_NU = tl.load(mask + row_NU * U + u_1U).to(tl.int32)
     return rank_NU, ((own_NU >> (8 * half + place)) & 1) != 0
+
+
+@triton.jit
+def _earlier(word_NU, unit_1U, half, place):
+    """Of the bits of four units, in every other byte of a word, those before a place of unit_1U, counted from them."""
+    units_1U = tl.minimum(tl.maximum(unit_1U, 0), 4)
+    shift_1U = (units_1U % 4 * 16).to(tl.uint64)
+    # bytes of earlier units count whole, and of one's own the bits below its place; shifting by 64 is undefined
+    whole_1U = tl.where(units_1U == 4, 0xFFFFFFFFFFFFFFFF, (1 << shift_1U) - 1)
+    own_1U = tl.where((unit_1U >= 0) & (unit_1U < 4), (1 << place) - 1, 0).to(tl.uint64) << shift_1U
+    bits_NU = word_NU.to(tl.uint64, bitcast=True) >> (8 * half)
+    return bits_NU & (whole_1U | own_1U) & 0x00FF00FF00FF00FF

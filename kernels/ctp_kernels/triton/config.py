@@ -49,12 +49,14 @@ class Device:
         return _SHARED_BYTES.get(self.capability, _LEAST_SHARED_BYTES)
 
 
-def choose(batch: int, weight: PackedWeight, device: Device, element_bytes: int = 2) -> Config:
+def choose(
+    batch: int, weight: PackedWeight, device: Device, *, element_bytes: int = 2, folder: Path = TUNING
+) -> Config:
     """The measured configuration for the nearest batch size of this layer and GPU, else `default`.
 
     element_bytes: of an activation.
     """
-    known = measured(device.name).get(layer_key(weight), {})
+    known = measured(device.name, folder).get(layer_key(weight), {})
     if known:
         nearest = min(known, key=lambda size: abs(bucket(batch) - size))
         return known[nearest]

@@ -105,7 +105,9 @@ def _forward(x_MK: Tensor, weight: PackedWeight, config: Config | None) -> Tenso
     y_MN = x_MK.new_empty(batch, weight.outputs)
     if not batch:
         return y_MN
-    config = choose(batch, weight, device_of(x_MK.device), x_MK.element_size()) if config is None else config
+    config = (
+        choose(batch, weight, device_of(x_MK.device), element_bytes=x_MK.element_size()) if config is None else config
+    )
     if weight.padded_outputs % config.block_n or config.splits > weight.padded_inputs // weight.block:
         raise ValueError(f"{config}: block_n divides {weight.padded_outputs}, splits are no more than blocks of inputs")
     x_MK = laid_out(x_MK, weight)

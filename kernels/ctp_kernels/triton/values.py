@@ -54,7 +54,7 @@ def _as(bits_NU, DTYPE: tl.constexpr):
 
 @triton.jit
 def popcount(bits):
-    """Set bits of unsigned 64-bit integers; libdevice's function does not exist on every target."""
+    """Set bits of unsigned 64-bit integers, in the form that compilers know and have an instruction for."""
     bits = bits - ((bits >> 1) & 0x5555555555555555)
     bits = (bits & 0x3333333333333333) + ((bits >> 2) & 0x3333333333333333)
     bits = (bits + (bits >> 4)) & 0x0F0F0F0F0F0F0F0F

@@ -73,7 +73,7 @@ def errors(case: Case) -> dict[str, float]:
     y.backward(gy)
 
     def distance(found: torch.Tensor, wanted: torch.Tensor) -> float:
-        return float((found.double() - wanted).norm() / wanted.norm())
+        return float((found.detach().double() - wanted).norm() / wanted.norm())
 
     assert x.grad is not None
     return {

@@ -16,11 +16,14 @@ pytestmark = pytest.mark.skipif(
 Found = dict[str, dict[str, float]]
 
 
-@pytest.fixture(scope="module")
-def found() -> Found:
+SLOW = {f"{layout}-{number}" for layout in ("8:16", "bitmap") for number in (3, 5, 6)}
+"""Cases that take seconds each."""
+
+
+def interpret(names: set[str]) -> Found:
     program = Path(__file__).parent / "interpreted_products.py"
     done = subprocess.run(
-        [sys.executable, str(program)],
+        [sys.executable, str(program), *sorted(names)],
         capture_output=True,
         text=True,
         check=False,
@@ -31,10 +34,26 @@ def found() -> Found:
     return results
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.fixture(scope="module")
+def found() -> Found:
+    return interpret(CASES.keys() - SLOW)
+
+
+@pytest.fixture(scope="module")
+def found_slowly() -> Found:
+    return interpret(SLOW)
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name not in SLOW])
 def test_products_gradients_and_weights_are_the_oracles(name: str, found: Found) -> None:
     # a NaN compares as False, too
     assert all(error < CASES[name].tolerance for error in found[name].values()), found[name]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(SLOW))
+def test_the_rest_of_them(name: str, found_slowly: Found) -> None:
+    assert all(error < CASES[name].tolerance for error in found_slowly[name].values()), found_slowly[name]
 
 
 def test_no_rows_and_chosen_tiles(found: Found) -> None:
