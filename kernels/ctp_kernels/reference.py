@@ -78,7 +78,7 @@ def decode(parts: PackedParts, *, dtype: torch.dtype = torch.float64) -> Tensor:
     Raises: ValueError as `codes`.
     """
     scale_NK = parts.scales.to(dtype)[:, _group_of_input(parts)]
-    return (codes(parts) - zero_points(parts)).to(dtype) * scale_NK * kept(parts)
+    return (codes(parts) - zero_points(parts)).to(dtype) * scale_NK
 
 
 def matmul(x_MK: Tensor, parts: PackedParts) -> Tensor:

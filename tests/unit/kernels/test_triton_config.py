@@ -6,7 +6,17 @@ from pathlib import Path
 import pytest
 import torch
 from ctp_kernels.triton import aot, pack
-from ctp_kernels.triton.config import Config, candidates, choose, default, keep, layer_key, measured, shared_bytes
+from ctp_kernels.triton.config import (
+    Config,
+    bucket,
+    candidates,
+    choose,
+    default,
+    keep,
+    layer_key,
+    measured,
+    shared_bytes,
+)
 from ctp_kernels.triton.tune import fastest, tune
 
 H100 = aot.TARGETS["sm_90"]
@@ -50,6 +60,10 @@ def test_measured_configurations_come_back(tmp_path: Path) -> None:
     assert choose(1, other, H100, folder=tmp_path) == default(1, other, H100)
     assert choose(1, weight, a100, folder=tmp_path) == default(1, weight, a100)
     assert choose(1, weight, H100) == default(1, weight, H100)
+
+
+def test_batch_sizes_are_rounded_up() -> None:
+    assert [bucket(batch) for batch in (1, 2, 3, 15, 16, 17, 9000)] == [1, 2, 4, 16, 16, 32, 4096]
 
 
 def test_a_broken_file_is_said_and_passed_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
