@@ -72,9 +72,10 @@ def default(batch: int, weight: PackedWeight, device: Device, element_bytes: int
     heavy = weight.layout == "bitmap" or weight.block == 512
     block_m = max(16, min(_power(batch), 32 if heavy else 64))
     block_n, warps, stages = 128, 4, 2 if weight.layout == "bitmap" else 3
-    if batch > 64 and not heavy and device.capability in _WARPGROUPS:
+    by_warpgroups = device.capability in _WARPGROUPS
+    if batch > 64 and not heavy and by_warpgroups:
         block_m, warps = 128, 8  # sums are in tensor memory there, or spread over two warpgroups
-    elif heavy or block_m > 32:
+    elif heavy or block_m > 32 or (weight.layout == "2:4" and not by_warpgroups):
         block_n = 64
     if weight.padded_outputs % block_n:
         block_m, block_n, warps = min(block_m, 64), 64, 4
