@@ -38,6 +38,7 @@ class PackedWeight:
     """A linear layer's weights (outputs, inputs) for the kernels. Make it with `pack` or `from_parts`.
 
     scales_GN float16 and zeros_GN uint8 (None: 2^(bits - 1)) are padded as the outputs are; group_size counts inputs.
+    order (inputs,) int64, where groups were no runs of inputs: which input is at each place, None for their own order.
     The other tensors are what this module's description says for the layout, or None.
     """
 
@@ -53,6 +54,7 @@ class PackedWeight:
     mask: Tensor | None = None
     starts: Tensor | None = None
     rows: Tensor | None = None
+    order: Tensor | None = None
 
     @property
     def block(self) -> int:
@@ -89,7 +91,7 @@ class PackedWeight:
         return sum(x.numel() * x.element_size() for x in self.tensors().values())
 
     def tensors(self) -> dict[str, Tensor]:
-        names = ("codes", "scales_GN", "zeros_GN", "high", "mask", "starts", "rows")
+        names = ("codes", "scales_GN", "zeros_GN", "high", "mask", "starts", "rows", "order")
         return {name: x for name in names if (x := getattr(self, name)) is not None}
 
     def to(self, device: torch.device | str) -> "PackedWeight":
@@ -107,18 +109,24 @@ def block_of(layout: str, bits: int) -> int:
 def from_parts(parts: reference.PackedParts, *, layout: str | None = None) -> PackedWeight:
     """A stored layer (docs/format-ctp.md) for the kernels; by default in the tightest layout that its mask allows.
 
-    Raises: ValueError as `pack`, for groups that are no runs of inputs (`g_idx`), and for codes that the mask does not
+    Inputs whose groups are scattered (`g_idx`) are sorted by group, after which a mask rarely is 2:4 or 8:16 any more.
+    Raises: ValueError as `pack`, for scattered groups that are not equal in size, and for codes that the mask does not
         ask for.
     """
-    runs_K = torch.arange(parts.inputs, device=parts.codes.device) // (parts.inputs // parts.scales.shape[1])
-    if parts.g_idx is not None and not torch.equal(parts.g_idx.long(), runs_K):
-        raise ValueError("groups are no runs of inputs (g_idx): sort the inputs of the layer by group first")
+    groups = parts.scales.shape[1]
     keep_NK = None if parts.mask is None else ragged.unpack_bits(parts.mask)
     every_NK = keep_NK
     if every_NK is None:
         every_NK = torch.ones(parts.outputs, parts.inputs, dtype=torch.bool, device=parts.codes.device)
     codes_NK = ragged.unpack_kept(parts.codes.flatten(), every_NK, parts.bits)
-    return pack(codes_NK, parts.scales, bits=parts.bits, keep_NK=keep_NK, zeros_NG=parts.zeros, layout=layout)
+    order_K = None
+    if parts.g_idx is not None and bool((parts.g_idx.diff() < 0).any()):
+        order_K = parts.g_idx.long().argsort(stable=True)
+        codes_NK, keep_NK = codes_NK[:, order_K], None if keep_NK is None else keep_NK[:, order_K]
+    if parts.g_idx is not None and bool((parts.g_idx.long().bincount(minlength=groups) * groups != parts.inputs).any()):
+        raise ValueError("g_idx: the kernels need groups of as many inputs each")
+    weight = pack(codes_NK, parts.scales, bits=parts.bits, keep_NK=keep_NK, zeros_NG=parts.zeros, layout=layout)
+    return weight if order_K is None else replace(weight, order=order_K)
 
 
 def pack(
@@ -301,7 +309,13 @@ def unpack(weight: PackedWeight) -> tuple[Tensor, Tensor]:
     if zeros_GN is None:
         zeros_GN = torch.full_like(weight.scales_GN, 1 << (weight.bits - 1), dtype=torch.uint8)
     group_K = torch.arange(weight.inputs, device=zeros_GN.device) // weight.group_size
-    return flipped_NK ^ zeros_GN.T[: weight.outputs, group_K], keep_NK
+    codes_NK = flipped_NK ^ zeros_GN.T[: weight.outputs, group_K]
+    return in_order(codes_NK, weight), in_order(keep_NK, weight)
+
+
+def in_order(values_RK: Tensor, weight: PackedWeight) -> Tensor:
+    """Columns back where the layer has them."""
+    return values_RK if weight.order is None else values_RK[:, weight.order.argsort()]
 
 
 def _read_dense(weight: PackedWeight) -> tuple[Tensor, Tensor]:

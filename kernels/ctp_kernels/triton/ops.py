@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ctp_kernels.triton.config import Config, Device, choose
-from ctp_kernels.triton.layouts import PackedWeight
+from ctp_kernels.triton.layouts import PackedWeight, in_order
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -62,7 +62,7 @@ def input_gradient(gy: Tensor, weight: PackedWeight) -> Tensor:
             )  # fmt: skip
     if weight.stride > 1:
         gx_MK = gx_MK.view(batch, weight.stride, -1).transpose(1, 2).reshape(batch, padded)
-    return gx_MK[:, : weight.inputs].reshape(*gy.shape[:-1], weight.inputs)
+    return in_order(gx_MK[:, : weight.inputs], weight).reshape(*gy.shape[:-1], weight.inputs)
 
 
 def dequantize(weight: PackedWeight, *, dtype: torch.dtype = torch.float16) -> Tensor:
@@ -83,7 +83,7 @@ def dequantize(weight: PackedWeight, *, dtype: torch.dtype = torch.float16) -> T
             LAYOUT=weight.layout, BITS=weight.bits, GROUP=weight.group_size, BLOCK=weight.block, PLANES=planes,
             BN=block_n, BU=places, **options(4, 1),
         )  # fmt: skip
-    return dense_NK
+    return in_order(dense_NK, weight)
 
 
 class _Matmul(torch.autograd.Function):
@@ -132,6 +132,8 @@ def gradient_tile(batch: int, weight: PackedWeight) -> tuple[int, int, int]:
 
 def laid_out(x_MK: Tensor, weight: PackedWeight) -> Tensor:
     """x (M, padded inputs), contiguous, with the inputs of a plane next to one another (M, stride, K / stride)."""
+    if weight.order is not None:
+        x_MK = x_MK[:, weight.order]
     if weight.padded_inputs != weight.inputs:
         x_MK = functional.pad(x_MK, (0, weight.padded_inputs - weight.inputs))
     if weight.stride == 1:

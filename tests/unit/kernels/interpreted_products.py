@@ -6,7 +6,7 @@ in the interpreter without saying so, and is left to compilation and to GPUs.
 
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ CASES = {
 }
 
 
-def errors(case: Case) -> dict[str, float]:
+def errors(case: Case, *, scattered: bool = False) -> dict[str, float]:
     import torch
     from ctp_kernels import reference
     from ctp_kernels.triton import dequantize, from_parts, matmul
@@ -63,6 +63,8 @@ def errors(case: Case) -> dict[str, float]:
         groups=case.groups,
         symmetric=case.symmetric,
     )
+    if scattered:
+        parts = replace(parts, g_idx=torch.arange(case.inputs) % case.groups)
     weight = from_parts(parts, layout=case.layout)
     assert weight.layout == case.layout
     generator = torch.Generator().manual_seed(1)
@@ -108,4 +110,7 @@ if __name__ == "__main__":
     assert torch.ones(1).new_empty(3).isnan().all()
     torch.set_num_threads(1)
     wanted = sys.argv[1:] or CASES
-    json.dump({"unusual": unusual(), **{name: errors(CASES[name]) for name in wanted}}, sys.stdout)
+    scattered = errors(CASES["dense-1"], scattered=True)
+    json.dump(
+        {"unusual": unusual(), "scattered": scattered, **{name: errors(CASES[name]) for name in wanted}}, sys.stdout
+    )

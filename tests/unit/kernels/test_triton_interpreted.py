@@ -59,3 +59,7 @@ def test_the_rest_of_them(name: str, found_slowly: Found) -> None:
 def test_no_rows_and_chosen_tiles(found: Found) -> None:
     assert found["unusual"]["rows"] == 0
     assert found["unusual"]["chosen"] < 1e-6
+
+
+def test_scattered_groups(found: Found) -> None:
+    assert all(error < 1e-3 for error in found["scattered"].values()), found["scattered"]

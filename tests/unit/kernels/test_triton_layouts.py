@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -103,11 +104,19 @@ def test_what_does_not_fit_is_refused() -> None:
         pack(long, torch.ones(1, 1), bits=4, keep_NK=long == 1)
 
 
-def test_scattered_groups_are_refused() -> None:
-    parts = random_parts("dense", bits=4, outputs=20, inputs=320, groups=5, symmetric=True)
-    scattered = reference.PackedParts(parts.codes, parts.scales, 4, g_idx=torch.arange(320) % 5)
-    with pytest.raises(ValueError, match="g_idx"):
-        from_parts(scattered)
+@pytest.mark.parametrize("layout", ["dense", "bitmap"])
+def test_scattered_groups_are_sorted(layout: str) -> None:
+    parts = random_parts(layout, bits=4, outputs=20, inputs=320, groups=5, symmetric=False)
+    scattered = replace(parts, g_idx=(torch.arange(320) * 7 + 3) % 5)
+    weight = from_parts(scattered)
+    codes, keep = unpack(weight)
+    assert weight.layout == layout
+    assert torch.equal(codes.long(), reference.codes(scattered))
+    assert torch.equal(keep, reference.kept(scattered))
+    runs = from_parts(replace(parts, g_idx=torch.arange(320) // 64))
+    assert runs.order is None
+    with pytest.raises(ValueError, match="as many inputs each"):
+        from_parts(replace(parts, g_idx=(torch.arange(320) % 5).clamp(max=3)))
 
 
 def test_blocks_are_whole_tiles() -> None:
