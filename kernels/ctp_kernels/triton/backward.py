@@ -10,7 +10,7 @@ M=batch x tokens N=outputs U=places of a plane, over as many blocks as they take
 import triton
 import triton.language as tl
 
-from ctp_kernels.triton.values import centered, popcount, popcount16, scale_tile, scaled, unit_words, window
+from ctp_kernels.triton.values import centered, popcount, popcount16, scale_tile, scaled, unit_words, window, zero_tile
 
 
 @triton.jit(do_not_specialize=["batch"])
@@ -164,8 +164,10 @@ def plane_tile(
         rank_NU, kept_NU = _rank(mask, starts, row_NU, u_1U, half, place, U)
         word_NU = window(codes + tl.load(rows + rows_N)[:, None], rank_NU * BITS, BITS) & ((1 << BITS) - 1)
         flipped_NU = tl.where(kept_NU, word_NU, 0)
-    scale_NU, zeros_NU = scale_tile(grid, rows_N, at_U, sizes[0], GROUP)
-    return scaled(centered(flipped_NU, zeros_NU, BITS, DTYPE), scale_NU, DTYPE), at_U
+    zeros = grid[1]
+    scale_NU = scale_tile(grid, rows_N, at_U, sizes[0], GROUP)
+    zeros_NU = zero_tile(grid, rows_N, at_U, sizes[0], BITS, GROUP)
+    return scaled(centered(flipped_NU, zeros_NU, BITS, zeros is None, DTYPE), scale_NU, DTYPE), at_U
 
 
 @triton.jit

@@ -75,7 +75,7 @@ def default(batch: int, weight: PackedWeight, device: Device, element_bytes: int
     by_warpgroups = device.capability in _WARPGROUPS
     if batch > 64 and not heavy and by_warpgroups:
         block_m, warps = 128, 8  # sums are in tensor memory there, or spread over two warpgroups
-    elif heavy or block_m > 32 or (weight.layout == "2:4" and not by_warpgroups):
+    elif heavy or block_m > 32 or (weight.layout in ("2:4", "8:16") and not by_warpgroups):
         block_n = 64
     if weight.padded_outputs % block_n:
         block_m, block_n, warps = min(block_m, 64), 64, 4

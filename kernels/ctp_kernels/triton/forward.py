@@ -16,7 +16,7 @@ SCALE_AFTER: groups consist of whole segments, whose sums are scaled; else weigh
 import triton
 import triton.language as tl
 
-from ctp_kernels.triton.values import centered, popcount16, scale_tile, scaled, unit_words, window
+from ctp_kernels.triton.values import centered, popcount16, scale_tile, scaled, unit_words, window, zero_tile
 
 SEGMENT = tl.constexpr(128)
 """Inputs whose planes are added up before scaling, where a layout has planes that short."""
@@ -82,20 +82,24 @@ def forward(
 
 
 @triton.jit
-def _add(sum_NM, flipped_NU, zeros_N1, scale_NU, inputs, at_U, BITS: tl.constexpr, DTYPE: tl.constexpr):
+def _add(
+    sum_NM,
+    flipped_NU,
+    zeros_NU,
+    scale_NU,
+    inputs,
+    at_U,
+    BITS: tl.constexpr,
+    SYMMETRIC: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
     """sum + plane x^T, at_U being where the plane's inputs are in x; scale_NU None where sums are scaled."""
     x_1M, seen_1M = inputs
-    w_NU = centered(flipped_NU, zeros_N1, BITS, DTYPE)
+    w_NU = centered(flipped_NU, zeros_NU, BITS, SYMMETRIC, DTYPE)
     if scale_NU is not None:
         w_NU = scaled(w_NU, scale_NU, DTYPE)
     x_UM = tl.load(x_1M + at_U[:, None], mask=seen_1M, other=0.0)
     return tl.dot(w_NU, x_UM, sum_NM, input_precision="ieee")
-
-
-@triton.jit
-def _column(grid, tile, sizes, first, GROUP: tl.constexpr):
-    """Scales and zero points (N, 1) of a segment that lies in one group."""
-    return scale_tile(grid, tile[2], first + tl.arange(0, 1), sizes[0], GROUP)
 
 
 @triton.jit
@@ -106,6 +110,7 @@ def _dense(
     """Planar bytes: plane p, bits p * BITS of every byte, is a run of consecutive inputs."""
     codes, high = stored
     block, row, rows_N = tile
+    SYMMETRIC: tl.constexpr = grid[1] is None
     LOW: tl.constexpr = 2 if BITS == 3 else BITS
     PLANES: tl.constexpr = 8 // LOW
     HALVES: tl.constexpr = 2 if BITS == 3 else 1
@@ -116,7 +121,9 @@ def _dense(
         high_NU = tl.load(high + row * U + (within_N1 * U + places_U[None, :])).to(tl.int16)
     for half in tl.static_range(HALVES):
         if SCALE_AFTER:
-            scale_N1, zeros_N1 = _column(grid, tile, sizes, block * BLOCK + half * (BLOCK // HALVES), GROUP)
+            one = block * BLOCK + half * (BLOCK // HALVES) + tl.arange(0, 1)
+            scale_N1 = scale_tile(grid, rows_N, one, sizes[0], GROUP)
+            zeros_NU = zero_tile(grid, rows_N, one, sizes[0], BITS, GROUP)
             part_NM = tl.zeros_like(sum_NM)
         else:
             part_NM = sum_NM
@@ -129,14 +136,17 @@ def _dense(
             first = block * BLOCK + (half * PLANES + plane) * U
             at_U = first + places_U
             if SCALE_AFTER:
-                part_NM = _add(part_NM, flipped_NU, zeros_N1, None, inputs, at_U, BITS, DTYPE)
+                part_NM = _add(part_NM, flipped_NU, zeros_NU, None, inputs, at_U, BITS, SYMMETRIC, DTYPE)
             elif GROUP % U == 0:  # a plane is a segment
-                scale_N1, zeros_N1 = _column(grid, tile, sizes, first, GROUP)
-                plane_NM = _add(tl.zeros_like(sum_NM), flipped_NU, zeros_N1, None, inputs, at_U, BITS, DTYPE)
+                one = first + tl.arange(0, 1)
+                scale_N1 = scale_tile(grid, rows_N, one, sizes[0], GROUP)
+                zeros_NU = zero_tile(grid, rows_N, one, sizes[0], BITS, GROUP)
+                plane_NM = _add(tl.zeros_like(sum_NM), flipped_NU, zeros_NU, None, inputs, at_U, BITS, SYMMETRIC, DTYPE)
                 part_NM = part_NM + plane_NM * scale_N1.to(tl.float32)
             else:
-                scale_NU, zeros_NU = scale_tile(grid, rows_N, at_U, sizes[0], GROUP)
-                part_NM = _add(part_NM, flipped_NU, zeros_NU, scale_NU, inputs, at_U, BITS, DTYPE)
+                scale_NU = scale_tile(grid, rows_N, at_U, sizes[0], GROUP)
+                zeros_NU = zero_tile(grid, rows_N, at_U, sizes[0], BITS, GROUP)
+                part_NM = _add(part_NM, flipped_NU, zeros_NU, scale_NU, inputs, at_U, BITS, SYMMETRIC, DTYPE)
         sum_NM = sum_NM + part_NM * scale_N1.to(tl.float32) if SCALE_AFTER else part_NM
     return sum_NM
 
@@ -149,6 +159,7 @@ def _two_four(
     """Two codes and two positions of every four weights: two shifts put all four fields of a word in place."""
     codes, mask = stored
     block, row, rows_N = tile
+    SYMMETRIC: tl.constexpr = grid[1] is None
     FIELD: tl.constexpr = 8 if BITS == 8 else 4
     FIELD_MASK: tl.constexpr = (1 << FIELD) - 1
     U: tl.constexpr = BLOCK // 8
@@ -158,11 +169,14 @@ def _two_four(
     for half in tl.static_range(2):
         at_U = block * (BLOCK // 4) + half * U + places_U
         if SCALE_AFTER:
-            scale_N1, zeros_NU = _column(grid, tile, sizes, block * BLOCK + half * (BLOCK // 2), GROUP)
+            one = block * BLOCK + half * (BLOCK // 2) + tl.arange(0, 1)
+            scale_N1 = scale_tile(grid, rows_N, one, sizes[0], GROUP)
+            zeros_NU = zero_tile(grid, rows_N, one, sizes[0], BITS, GROUP)
             scale_NU = None
             part_NM = tl.zeros_like(sum_NM)
         else:
-            scale_NU, zeros_NU = scale_tile(grid, rows_N, at_U * 4, sizes[0], GROUP)
+            scale_NU = scale_tile(grid, rows_N, at_U * 4, sizes[0], GROUP)
+            zeros_NU = zero_tile(grid, rows_N, at_U * 4, sizes[0], BITS, GROUP)
             part_NM = sum_NM
         q_NU = tl.load(codes + row * (2 * U) + (within_N1 * (2 * U) + half * U + places_U[None, :])).to(tl.int32)
         first_NU = ((places_NU >> (4 * half)) & 3) * FIELD
@@ -171,7 +185,7 @@ def _two_four(
         for place in tl.static_range(4):
             flipped_NU = (word_NU >> (place * FIELD)) & FIELD_MASK
             at_x_U = place * (sizes[1] // 4) + at_U
-            part_NM = _add(part_NM, flipped_NU, zeros_NU, scale_NU, inputs, at_x_U, BITS, DTYPE)
+            part_NM = _add(part_NM, flipped_NU, zeros_NU, scale_NU, inputs, at_x_U, BITS, SYMMETRIC, DTYPE)
         sum_NM = sum_NM + part_NM * scale_N1.to(tl.float32) if SCALE_AFTER else part_NM
     return sum_NM
 
@@ -179,14 +193,16 @@ def _two_four(
 @triton.jit
 def _consume(
     sum_NM, word_NU, kept_NU, zeros_NU, scale_NU, inputs, at_U, plane_stride,
-    PLANES: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr,
+    PLANES: tl.constexpr, BITS: tl.constexpr, SYMMETRIC: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """Units of PLANES weights whose kept codes follow one another in a word: each kept weight shifts its code out."""
     for place in tl.static_range(PLANES):
         is_kept_NU = ((kept_NU >> place) & 1) != 0
         flipped_NU = tl.where(is_kept_NU, word_NU & ((1 << BITS) - 1), 0)
         word_NU = tl.where(is_kept_NU, word_NU >> BITS, word_NU)
-        sum_NM = _add(sum_NM, flipped_NU, zeros_NU, scale_NU, inputs, place * plane_stride + at_U, BITS, DTYPE)
+        sum_NM = _add(
+            sum_NM, flipped_NU, zeros_NU, scale_NU, inputs, place * plane_stride + at_U, BITS, SYMMETRIC, DTYPE
+        )
     return sum_NM
 
 
@@ -198,6 +214,7 @@ def _eight_sixteen(
     """8 codes in a word, and 16 bits that say whose they are."""
     codes, high, mask = stored
     block, row, rows_N = tile
+    SYMMETRIC: tl.constexpr = grid[1] is None
     U: tl.constexpr = BLOCK // 16
     places_U = tl.arange(0, U)
     within_NU = tl.arange(0, BN)[:, None] * U + places_U[None, :]
@@ -206,13 +223,20 @@ def _eight_sixteen(
     at_U = block * U + places_U
     plane_stride = sizes[1] // 16
     if SCALE_AFTER:
-        scale_N1, zeros_N1 = _column(grid, tile, sizes, block * BLOCK, GROUP)
+        one = block * BLOCK + tl.arange(0, 1)
+        scale_N1 = scale_tile(grid, rows_N, one, sizes[0], GROUP)
+        zeros_NU = zero_tile(grid, rows_N, one, sizes[0], BITS, GROUP)
         part_NM = tl.zeros_like(sum_NM)
-        part_NM = _consume(part_NM, word_NU, kept_NU, zeros_N1, None, inputs, at_U, plane_stride, 16, BITS, DTYPE)
+        part_NM = _consume(
+            part_NM, word_NU, kept_NU, zeros_NU, None, inputs, at_U, plane_stride, 16, BITS, SYMMETRIC, DTYPE
+        )
         sum_NM = sum_NM + part_NM * scale_N1.to(tl.float32)
     else:
-        scale_NU, zeros_NU = scale_tile(grid, rows_N, at_U * 16, sizes[0], GROUP)
-        sum_NM = _consume(sum_NM, word_NU, kept_NU, zeros_NU, scale_NU, inputs, at_U, plane_stride, 16, BITS, DTYPE)
+        scale_NU = scale_tile(grid, rows_N, at_U * 16, sizes[0], GROUP)
+        zeros_NU = zero_tile(grid, rows_N, at_U * 16, sizes[0], BITS, GROUP)
+        sum_NM = _consume(
+            sum_NM, word_NU, kept_NU, zeros_NU, scale_NU, inputs, at_U, plane_stride, 16, BITS, SYMMETRIC, DTYPE
+        )
     return sum_NM
 
 
@@ -224,6 +248,7 @@ def _bitmap(
     """Any mask: where the codes of 8 weights begin is counted from the start of their half block; loads bring them."""
     codes, mask, starts, rows = stored
     block, row, rows_N = tile
+    SYMMETRIC: tl.constexpr = grid[1] is None
     U: tl.constexpr = BLOCK // 16
     places_U = tl.arange(0, U)
     within_N1 = tl.arange(0, BN)[:, None]
@@ -237,12 +262,17 @@ def _bitmap(
         before_NU = first_N1 + tl.cumsum(counts_NU, 1) - counts_NU
         word_NU = window(words_N1, before_NU * BITS, BITS)
         if SCALE_AFTER:
-            scale_N1, zeros_NU = _column(grid, tile, sizes, block * BLOCK + half * (BLOCK // 2), GROUP)
+            one = block * BLOCK + half * (BLOCK // 2) + tl.arange(0, 1)
+            scale_N1 = scale_tile(grid, rows_N, one, sizes[0], GROUP)
+            zeros_NU = zero_tile(grid, rows_N, one, sizes[0], BITS, GROUP)
             scale_NU = None
             part_NM = tl.zeros_like(sum_NM)
         else:
-            scale_NU, zeros_NU = scale_tile(grid, rows_N, at_U * 8, sizes[0], GROUP)
+            scale_NU = scale_tile(grid, rows_N, at_U * 8, sizes[0], GROUP)
+            zeros_NU = zero_tile(grid, rows_N, at_U * 8, sizes[0], BITS, GROUP)
             part_NM = sum_NM
-        part_NM = _consume(part_NM, word_NU, kept_NU, zeros_NU, scale_NU, inputs, at_U, sizes[1] // 8, 8, BITS, DTYPE)
+        part_NM = _consume(
+            part_NM, word_NU, kept_NU, zeros_NU, scale_NU, inputs, at_U, sizes[1] // 8, 8, BITS, SYMMETRIC, DTYPE
+        )
         sum_NM = sum_NM + part_NM * scale_N1.to(tl.float32) if SCALE_AFTER else part_NM
     return sum_NM

@@ -11,29 +11,27 @@ import triton.language as tl
 
 
 @triton.jit
-def centered(flipped_NU, zeros_N1, BITS: tl.constexpr, DTYPE: tl.constexpr):
-    """code - zero, exact, in DTYPE; zeros_N1 int32, (N, 1) or (N, U), or None for zero points of 2^(BITS - 1).
+def centered(flipped_NU, zeros_NU, BITS: tl.constexpr, SYMMETRIC: tl.constexpr, DTYPE: tl.constexpr):
+    """code - zero, exact, in DTYPE; zeros_NU int32, (N, U) or (N, 1), not looked at where SYMMETRIC: 2^(BITS - 1).
 
     16-bit types need no conversion from integers: 1024 + c is a float16 whose last bits are those of c, and 128 + c a
-    bfloat16 for c up to 127.
+    bfloat16 for c up to 127. Constants are written as such: a tile of them would cost weights a way through
+    shared memory.
     """
-    if tl.float16 == DTYPE:
-        MAGIC: tl.constexpr = 0x6400
-        BASE: tl.constexpr = 1024
-    else:
-        MAGIC: tl.constexpr = 0x4300
-        BASE: tl.constexpr = 128
+    IN_FLOAT16: tl.constexpr = tl.float16 == DTYPE
+    MAGIC: tl.constexpr = 0x6400 if IN_FLOAT16 else 0x4300
+    BASE: tl.constexpr = 1024 if IN_FLOAT16 else 128
     MIDDLE: tl.constexpr = 1 << (BITS - 1)
     if tl.float32 == DTYPE or (tl.bfloat16 == DTYPE and BITS == 8):
-        if zeros_N1 is None:
+        if SYMMETRIC:
             w_NU = ((flipped_NU.to(tl.int32) ^ MIDDLE) - MIDDLE).to(DTYPE)
         else:
-            w_NU = ((flipped_NU.to(tl.int32) ^ zeros_N1) - zeros_N1).to(DTYPE)
+            w_NU = ((flipped_NU.to(tl.int32) ^ zeros_NU) - zeros_NU).to(DTYPE)
     else:
-        if zeros_N1 is None:
+        if SYMMETRIC:
             w_NU = _as(flipped_NU ^ (MAGIC | MIDDLE), DTYPE) - (BASE + MIDDLE)
         else:
-            w_NU = _as(flipped_NU ^ (zeros_N1 | MAGIC), DTYPE) - _as(zeros_N1 | MAGIC, DTYPE)
+            w_NU = _as(flipped_NU ^ (zeros_NU | MAGIC), DTYPE) - _as(zeros_NU | MAGIC, DTYPE)
     return w_NU
 
 
@@ -102,11 +100,16 @@ def unit_words(codes, high, tile, within_NU, BITS: tl.constexpr):
 
 @triton.jit
 def scale_tile(grid, rows_N, inputs_U, outputs, GROUP: tl.constexpr):
-    """Scales and zero points (N, U) of outputs rows_N at inputs inputs_U; zero points None where there are none."""
-    scales, zeros = grid
-    at_NU = (inputs_U // GROUP)[None, :] * outputs + rows_N[:, None]
+    """Scales (N, U) of outputs rows_N at inputs inputs_U."""
+    return tl.load(grid[0] + (inputs_U // GROUP)[None, :] * outputs + rows_N[:, None])
+
+
+@triton.jit
+def zero_tile(grid, rows_N, inputs_U, outputs, BITS: tl.constexpr, GROUP: tl.constexpr):
+    """Zero points, int32, as `scale_tile`; where all are the same, a (1, 1) that nobody looks at."""
+    zeros = grid[1]
     if zeros is None:
-        zeros_NU: tl.constexpr = None
+        zeros_NU = tl.full((1, 1), 1 << (BITS - 1), tl.int32)
     else:
-        zeros_NU = tl.load(zeros + at_NU).to(tl.int32)
-    return tl.load(scales + at_NU), zeros_NU
+        zeros_NU = tl.load(zeros + (inputs_U // GROUP)[None, :] * outputs + rows_N[:, None]).to(tl.int32)
+    return zeros_NU
