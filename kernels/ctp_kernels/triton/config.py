@@ -1,0 +1,175 @@
+"""How large a kernel's tiles are: measured for a GPU where someone has, else from what is known about it.
+
+M=batch x tokens N=outputs K=inputs
+"""
+
+import functools
+import json
+import logging
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from ctp_kernels.triton.layouts import PackedWeight
+
+log = logging.getLogger(__name__)
+
+TUNING = Path(__file__).parent.parent / "tuning"
+"""Where `tune` keeps what it found: one file per GPU name."""
+_SHARED_BYTES = {(8, 0): 166912, (8, 6): 101376, (8, 9): 101376, (9, 0): 232448, (10, 0): 232448, (12, 0): 101376}
+"""What one program may use of an NVIDIA GPU's shared memory, by compute capability."""
+_LEAST_SHARED_BYTES = 65536
+"""The same of gfx942, and the bound for GPUs not named here."""
+_WARPGROUPS = ((9, 0), (10, 0))
+"""Whose tensor cores take inputs from shared memory."""
+_BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Tiles of a fused product. block_m tokens x block_n outputs; `splits` programs share the inputs of a tile."""
+
+    block_m: int
+    block_n: int
+    splits: int = 1
+    warps: int = 4
+    stages: int = 3
+
+
+@dataclass(frozen=True)
+class Device:
+    """What a default is worked out from. capability (0, 0): unknown, or not NVIDIA's."""
+
+    name: str
+    capability: tuple[int, int]
+    processors: int
+
+    @property
+    def shared_bytes(self) -> int:
+        return _SHARED_BYTES.get(self.capability, _LEAST_SHARED_BYTES)
+
+
+def choose(
+    batch: int, weight: PackedWeight, device: Device, *, element_bytes: int = 2, folder: Path = TUNING
+) -> Config:
+    """The measured configuration for the nearest batch size of this layer and GPU, else `default`.
+
+    element_bytes: of an activation.
+    """
+    known = measured(device.name, folder).get(layer_key(weight), {})
+    if known:
+        nearest = min(known, key=lambda size: abs(bucket(batch) - size))
+        return known[nearest]
+    return default(batch, weight, device, element_bytes)
+
+
+def default(batch: int, weight: PackedWeight, device: Device, element_bytes: int = 2) -> Config:
+    """As many programs as the GPU has processors twice over, by splitting inputs where outputs are too few.
+
+    A split has four blocks or more, so that loads can run ahead; larger batches fill the GPU without. Tiles are the
+    largest of which compiled kernels keep everything in registers.
+    """
+    heavy = weight.layout == "bitmap" or weight.block == 512
+    block_m = max(16, min(_power(batch), 32 if heavy else 64))
+    block_n, warps, stages = 128, 4, 2 if weight.layout == "bitmap" else 3
+    by_warpgroups = device.capability in _WARPGROUPS
+    if batch > 64 and not heavy and by_warpgroups:
+        block_m, warps = 128, 8  # sums are in tensor memory there, or spread over two warpgroups
+    elif heavy or block_m > 32 or (weight.layout in ("2:4", "8:16") and not by_warpgroups):
+        block_n = 64
+    if weight.padded_outputs % block_n:
+        block_m, block_n, warps = min(block_m, 64), 64, 4
+    tiles = -(-batch // block_m) * (weight.padded_outputs // block_n)
+    blocks = weight.padded_inputs // weight.block
+    splits = max(1, min(-(-2 * device.processors // tiles), blocks // 4, 16)) if batch <= 64 else 1
+    deepest = (Config(block_m, block_n, splits, warps, depth) for depth in range(stages, 1, -1))
+    fits = (config for config in deepest if shared_bytes(config, weight, device, element_bytes) <= device.shared_bytes)
+    return next(fits, Config(block_m, block_n, splits, warps, 1))
+
+
+def candidates(batch: int, weight: PackedWeight, device: Device, element_bytes: int = 2) -> list[Config]:
+    """What `tune` tries: everything that fits into shared memory and splits inputs no finer than their blocks."""
+    blocks = weight.padded_inputs // weight.block
+    found = [
+        Config(block_m, block_n, splits, warps, stages)
+        for block_m in (16, 32, 64, 128)
+        if block_m < 2 * max(batch, 16)
+        for block_n in (32, 64, 128)
+        if weight.padded_outputs % block_n == 0
+        for splits in (1, 2, 4, 8, 16)
+        if splits <= blocks and (splits == 1 or batch <= 64)
+        for warps in (4, 8)
+        for stages in (1, 2, 3, 4)
+    ]
+    return [config for config in found if shared_bytes(config, weight, device, element_bytes) <= device.shared_bytes]
+
+
+def shared_bytes(config: Config, weight: PackedWeight, device: Device, element_bytes: int = 2) -> int:
+    """What a program needs at most: stages of codes, masks and inputs, or the tile of y on its way out."""
+    block, places = weight.block, weight.block // weight.planes
+    # of a bitmap: masks, and two or three words for the codes of 8 weights
+    windows = 2 + 4 * (3 if weight.bits == 8 else 2)
+    two_four = 5 if weight.bits == 8 else 3
+    bits = {"dense": weight.bits, "2:4": two_four, "8:16": weight.bits / 2 + 1, "bitmap": windows}[weight.layout]
+    weights = block * config.block_n * bits / 8
+    tiled_grid = not weight.scales_segments and (weight.layout != "dense" or weight.group_size % places != 0)
+    if tiled_grid:
+        grid_bytes = 2 if weight.zeros_GN is None else 3
+        weights += config.block_n * block // weight.stride * grid_bytes
+    inputs = block * config.block_m * element_bytes
+    # warpgroups read inputs from shared memory while the next ones arrive
+    ahead = config.stages - 1
+    staged = ahead * weights + (ahead + (device.capability in _WARPGROUPS)) * inputs + config.block_n * 4
+    if weight.zeros_GN is not None or tiled_grid:
+        # a plane of weights meets its zero points and scales in another arrangement than the one products want
+        staged += config.block_n * places * element_bytes
+    return max(int(staged), config.block_m * config.block_n * 4)
+
+
+def layer_key(weight: PackedWeight) -> str:
+    return f"{weight.layout} {weight.bits} {weight.outputs}x{weight.inputs} g{weight.group_size}"
+
+
+def bucket(batch: int) -> int:
+    """The batch size, rounded up, that stands for this one."""
+    return next((size for size in _BATCHES if size >= batch), _BATCHES[-1])
+
+
+def tuning_path(gpu_name: str, folder: Path = TUNING) -> Path:
+    return folder / f"{re.sub(r'[^a-z0-9]+', '-', gpu_name.lower()).strip('-')}.json"
+
+
+@functools.cache
+def measured(gpu_name: str, folder: Path = TUNING) -> dict[str, dict[int, Config]]:
+    """{layer: {batch: configuration}} of this GPU; empty where nobody has measured."""
+    path = tuning_path(gpu_name, folder)
+    if not path.is_file():
+        return {}
+    try:
+        layers = json.loads(path.read_text())["layers"]
+        return {
+            layer: {int(batch): Config(**config) for batch, config in sizes.items()} for layer, sizes in layers.items()
+        }
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        log.warning("%s: no tuning results (%s); using defaults. Delete it and tune again", path, error)
+        return {}
+
+
+def keep(gpu_name: str, found: dict[str, dict[int, Config]], folder: Path = TUNING) -> Path:
+    """Add configurations to the GPU's file; returns its path."""
+    layers = {**measured(gpu_name, folder)}
+    for layer, sizes in found.items():
+        layers[layer] = {**layers.get(layer, {}), **sizes}
+    plain = {
+        layer: {str(batch): asdict(config) for batch, config in sorted(sizes.items())}
+        for layer, sizes in sorted(layers.items())
+    }
+    path = tuning_path(gpu_name, folder)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"gpu": gpu_name, "layers": plain}, indent=1) + "\n")
+    measured.cache_clear()
+    return path
+
+
+def _power(batch: int) -> int:
+    return 1 << max(0, batch - 1).bit_length()

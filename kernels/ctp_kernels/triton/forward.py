@@ -1,0 +1,278 @@
+"""y = x W^T, fused with decoding: y^T = W x^T, so that the decoded weights are the operand that tensor cores take from
+registers, and a batch is padded to their narrow side.
+
+A block of inputs is decoded plane by plane. A plane is what one shift of the loaded integers gives, a tile of weights
+(N, U) that goes straight into a product with the inputs that belong to it: nothing is ever shuffled between threads.
+Layouts are described in `layouts`. For interleaved planes x comes as (M, planes, inputs / planes).
+
+M=batch x tokens N=outputs U=places of a plane
+
+Shared by the functions below: `inputs` is (x_1M, seen_1M), pointers and mask of x; `grid` is (scales, zeros); `tile` is
+(block, row, rows_N): the block of inputs, where the tile begins among all (block, output), and its outputs; `sizes` is
+(padded_outputs, padded_inputs).
+SCALE_AFTER: groups consist of whole segments, whose sums are scaled; else weights are, before they are added.
+"""
+
+import triton
+import triton.language as tl
+
+from ctp_kernels.triton.values import centered, popcount16, scale_tile, scaled, unit_words, window, zero_tile
+
+SEGMENT = tl.constexpr(128)
+"""Inputs whose planes are added up before scaling, where a layout has planes that short."""
+
+
+@triton.jit(do_not_specialize=["batch"])
+def forward(
+    x,
+    y,
+    codes,
+    high,
+    mask,
+    starts,
+    rows,
+    scales,
+    zeros,
+    batch,
+    outputs,
+    padded_outputs,
+    padded_inputs,
+    LAYOUT: tl.constexpr,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    SCALE_AFTER: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """One tile of y (batch, outputs), or of y (SPLITS, batch, outputs) float32 whose sum is the result."""
+    DTYPE: tl.constexpr = x.dtype.element_ty
+    first_row = tl.program_id(0) * BN
+    tokens_M = tl.program_id(1) * BM + tl.arange(0, BM)
+    split = tl.program_id(2)
+    blocks = padded_inputs // BLOCK
+    # 64 bits only where they are needed: one number per tile or row, not one per element
+    x_1M = x + (tokens_M.to(tl.int64) * padded_inputs)[None, :]
+    seen_1M = (tokens_M < batch)[None, :]
+    rows_N = first_row + tl.arange(0, BN)
+    inputs, grid, sizes = (x_1M, seen_1M), (scales, zeros), (padded_outputs, padded_inputs)
+    sum_NM = tl.zeros((BN, BM), tl.float32)
+    for block in tl.range(split * blocks // SPLITS, (split + 1) * blocks // SPLITS):
+        tile = (block, padded_outputs.to(tl.int64) * block + first_row, rows_N)
+        if LAYOUT == "dense":
+            sum_NM = _dense(
+                sum_NM, inputs, (codes, high), grid, tile, sizes, BITS, GROUP, SCALE_AFTER, BLOCK, BN, DTYPE
+            )
+        elif LAYOUT == "2:4":
+            sum_NM = _two_four(
+                sum_NM, inputs, (codes, mask), grid, tile, sizes, BITS, GROUP, SCALE_AFTER, BLOCK, BN, DTYPE
+            )
+        elif LAYOUT == "8:16":
+            sum_NM = _eight_sixteen(
+                sum_NM, inputs, (codes, high, mask), grid, tile, sizes, BITS, GROUP, SCALE_AFTER, BLOCK, BN, DTYPE
+            )
+        else:
+            sum_NM = _bitmap(
+                sum_NM, inputs, (codes, mask, starts, rows), grid, tile, sizes, BITS, GROUP, SCALE_AFTER, BLOCK, BN,
+                DTYPE,
+            )  # fmt: skip
+    y_NM = y + ((split * batch + tokens_M).to(tl.int64) * outputs)[None, :] + rows_N[:, None]
+    tl.store(y_NM, sum_NM.to(y.dtype.element_ty), mask=seen_1M & (rows_N < outputs)[:, None])
+
+
+@triton.jit
+def _add(
+    sum_NM,
+    flipped_NU,
+    zeros_NU,
+    scale_NU,
+    inputs,
+    at_U,
+    BITS: tl.constexpr,
+    SYMMETRIC: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    """sum + plane x^T, at_U being where the plane's inputs are in x; scale_NU None where sums are scaled."""
+    x_1M, seen_1M = inputs
+    w_NU = centered(flipped_NU, zeros_NU, BITS, SYMMETRIC, DTYPE)
+    if scale_NU is not None:
+        w_NU = scaled(w_NU, scale_NU, DTYPE)
+    x_UM = tl.load(x_1M + at_U[:, None], mask=seen_1M, other=0.0)
+    return tl.dot(w_NU, x_UM, sum_NM, input_precision="ieee")
+
+
+@triton.jit
+def _dense(
+    sum_NM, inputs, stored, grid, tile, sizes, BITS: tl.constexpr, GROUP: tl.constexpr, SCALE_AFTER: tl.constexpr,
+    BLOCK: tl.constexpr, BN: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """Planar bytes: plane p, bits p * BITS of every byte, is a run of consecutive inputs."""
+    codes, high = stored
+    block, row, rows_N = tile
+    SYMMETRIC: tl.constexpr = grid[1] is None
+    LOW: tl.constexpr = 2 if BITS == 3 else BITS
+    PLANES: tl.constexpr = 8 // LOW
+    HALVES: tl.constexpr = 2 if BITS == 3 else 1
+    U: tl.constexpr = BLOCK // (PLANES * HALVES)
+    places_U = tl.arange(0, U)
+    within_N1 = tl.arange(0, BN)[:, None]
+    if BITS == 3:
+        high_NU = tl.load(high + row * U + (within_N1 * U + places_U[None, :])).to(tl.int16)
+    for half in tl.static_range(HALVES):
+        if SCALE_AFTER:
+            one = block * BLOCK + half * (BLOCK // HALVES) + tl.arange(0, 1)
+            scale_N1 = scale_tile(grid, rows_N, one, sizes[0], GROUP)
+            zeros_NU = zero_tile(grid, rows_N, one, sizes[0], BITS, GROUP)
+            part_NM = tl.zeros_like(sum_NM)
+        else:
+            part_NM = sum_NM
+        q_NU = tl.load(codes + row * (U * HALVES) + (within_N1 * (U * HALVES) + half * U + places_U[None, :]))
+        q_NU = q_NU.to(tl.int16)
+        for plane in tl.static_range(PLANES):
+            flipped_NU = (q_NU >> (plane * LOW)) & ((1 << LOW) - 1)
+            if BITS == 3:
+                flipped_NU = flipped_NU | (((high_NU >> (half * PLANES + plane)) & 1) << 2)
+            first = block * BLOCK + (half * PLANES + plane) * U
+            at_U = first + places_U
+            if SCALE_AFTER:
+                part_NM = _add(part_NM, flipped_NU, zeros_NU, None, inputs, at_U, BITS, SYMMETRIC, DTYPE)
+            elif GROUP % U == 0:  # a plane is a segment
+                one = first + tl.arange(0, 1)
+                scale_N1 = scale_tile(grid, rows_N, one, sizes[0], GROUP)
+                zeros_NU = zero_tile(grid, rows_N, one, sizes[0], BITS, GROUP)
+                plane_NM = _add(tl.zeros_like(sum_NM), flipped_NU, zeros_NU, None, inputs, at_U, BITS, SYMMETRIC, DTYPE)
+                part_NM = part_NM + plane_NM * scale_N1.to(tl.float32)
+            else:
+                scale_NU = scale_tile(grid, rows_N, at_U, sizes[0], GROUP)
+                zeros_NU = zero_tile(grid, rows_N, at_U, sizes[0], BITS, GROUP)
+                part_NM = _add(part_NM, flipped_NU, zeros_NU, scale_NU, inputs, at_U, BITS, SYMMETRIC, DTYPE)
+        sum_NM = sum_NM + part_NM * scale_N1.to(tl.float32) if SCALE_AFTER else part_NM
+    return sum_NM
+
+
+@triton.jit
+def _two_four(
+    sum_NM, inputs, stored, grid, tile, sizes, BITS: tl.constexpr, GROUP: tl.constexpr, SCALE_AFTER: tl.constexpr,
+    BLOCK: tl.constexpr, BN: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """Two codes and two positions of every four weights: two shifts put all four fields of a word in place."""
+    codes, mask = stored
+    block, row, rows_N = tile
+    SYMMETRIC: tl.constexpr = grid[1] is None
+    FIELD: tl.constexpr = 8 if BITS == 8 else 4
+    FIELD_MASK: tl.constexpr = (1 << FIELD) - 1
+    U: tl.constexpr = BLOCK // 8
+    places_U = tl.arange(0, U)
+    within_N1 = tl.arange(0, BN)[:, None]
+    places_NU = tl.load(mask + row * U + (within_N1 * U + places_U[None, :])).to(tl.int32)
+    for half in tl.static_range(2):
+        at_U = block * (BLOCK // 4) + half * U + places_U
+        if SCALE_AFTER:
+            one = block * BLOCK + half * (BLOCK // 2) + tl.arange(0, 1)
+            scale_N1 = scale_tile(grid, rows_N, one, sizes[0], GROUP)
+            zeros_NU = zero_tile(grid, rows_N, one, sizes[0], BITS, GROUP)
+            scale_NU = None
+            part_NM = tl.zeros_like(sum_NM)
+        else:
+            scale_NU = scale_tile(grid, rows_N, at_U * 4, sizes[0], GROUP)
+            zeros_NU = zero_tile(grid, rows_N, at_U * 4, sizes[0], BITS, GROUP)
+            part_NM = sum_NM
+        q_NU = tl.load(codes + row * (2 * U) + (within_N1 * (2 * U) + half * U + places_U[None, :])).to(tl.int32)
+        first_NU = ((places_NU >> (4 * half)) & 3) * FIELD
+        second_NU = ((places_NU >> (4 * half + 2)) & 3) * FIELD
+        word_NU = ((q_NU & FIELD_MASK) << first_NU) | (((q_NU >> FIELD) & FIELD_MASK) << second_NU)
+        for place in tl.static_range(4):
+            flipped_NU = (word_NU >> (place * FIELD)) & FIELD_MASK
+            at_x_U = place * (sizes[1] // 4) + at_U
+            part_NM = _add(part_NM, flipped_NU, zeros_NU, scale_NU, inputs, at_x_U, BITS, SYMMETRIC, DTYPE)
+        sum_NM = sum_NM + part_NM * scale_N1.to(tl.float32) if SCALE_AFTER else part_NM
+    return sum_NM
+
+
+@triton.jit
+def _consume(
+    sum_NM, word_NU, kept_NU, zeros_NU, scale_NU, inputs, at_U, plane_stride,
+    PLANES: tl.constexpr, BITS: tl.constexpr, SYMMETRIC: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """Units of PLANES weights whose kept codes follow one another in a word: each kept weight shifts its code out."""
+    for place in tl.static_range(PLANES):
+        is_kept_NU = ((kept_NU >> place) & 1) != 0
+        flipped_NU = tl.where(is_kept_NU, word_NU & ((1 << BITS) - 1), 0)
+        word_NU = tl.where(is_kept_NU, word_NU >> BITS, word_NU)
+        sum_NM = _add(
+            sum_NM, flipped_NU, zeros_NU, scale_NU, inputs, place * plane_stride + at_U, BITS, SYMMETRIC, DTYPE
+        )
+    return sum_NM
+
+
+@triton.jit
+def _eight_sixteen(
+    sum_NM, inputs, stored, grid, tile, sizes, BITS: tl.constexpr, GROUP: tl.constexpr, SCALE_AFTER: tl.constexpr,
+    BLOCK: tl.constexpr, BN: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """8 codes in a word, and 16 bits that say whose they are."""
+    codes, high, mask = stored
+    block, row, rows_N = tile
+    SYMMETRIC: tl.constexpr = grid[1] is None
+    U: tl.constexpr = BLOCK // 16
+    places_U = tl.arange(0, U)
+    within_NU = tl.arange(0, BN)[:, None] * U + places_U[None, :]
+    word_NU = unit_words(codes, high, row * U, within_NU, BITS)
+    kept_NU = tl.load(mask + row * U + within_NU).to(tl.int32)
+    at_U = block * U + places_U
+    plane_stride = sizes[1] // 16
+    if SCALE_AFTER:
+        one = block * BLOCK + tl.arange(0, 1)
+        scale_N1 = scale_tile(grid, rows_N, one, sizes[0], GROUP)
+        zeros_NU = zero_tile(grid, rows_N, one, sizes[0], BITS, GROUP)
+        part_NM = tl.zeros_like(sum_NM)
+        part_NM = _consume(
+            part_NM, word_NU, kept_NU, zeros_NU, None, inputs, at_U, plane_stride, 16, BITS, SYMMETRIC, DTYPE
+        )
+        sum_NM = sum_NM + part_NM * scale_N1.to(tl.float32)
+    else:
+        scale_NU = scale_tile(grid, rows_N, at_U * 16, sizes[0], GROUP)
+        zeros_NU = zero_tile(grid, rows_N, at_U * 16, sizes[0], BITS, GROUP)
+        sum_NM = _consume(
+            sum_NM, word_NU, kept_NU, zeros_NU, scale_NU, inputs, at_U, plane_stride, 16, BITS, SYMMETRIC, DTYPE
+        )
+    return sum_NM
+
+
+@triton.jit
+def _bitmap(
+    sum_NM, inputs, stored, grid, tile, sizes, BITS: tl.constexpr, GROUP: tl.constexpr, SCALE_AFTER: tl.constexpr,
+    BLOCK: tl.constexpr, BN: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """Any mask: where the codes of 8 weights begin is counted from the start of their half block; loads bring them."""
+    codes, mask, starts, rows = stored
+    block, row, rows_N = tile
+    SYMMETRIC: tl.constexpr = grid[1] is None
+    U: tl.constexpr = BLOCK // 16
+    places_U = tl.arange(0, U)
+    within_N1 = tl.arange(0, BN)[:, None]
+    words_N1 = codes + tl.load(rows + rows_N)[:, None]
+    both_NU = tl.load(mask + row * U + (within_N1 * U + places_U[None, :])).to(tl.int32)
+    for half in tl.static_range(2):
+        at_U = block * (2 * U) + half * U + places_U
+        kept_NU = (both_NU >> (8 * half)) & 255
+        counts_NU = popcount16(kept_NU)
+        first_N1 = tl.load(starts + row * 2 + (within_N1 * 2 + half)).to(tl.int32) & 0xFFFF
+        before_NU = first_N1 + tl.cumsum(counts_NU, 1) - counts_NU
+        word_NU = window(words_N1, before_NU * BITS, BITS)
+        if SCALE_AFTER:
+            one = block * BLOCK + half * (BLOCK // 2) + tl.arange(0, 1)
+            scale_N1 = scale_tile(grid, rows_N, one, sizes[0], GROUP)
+            zeros_NU = zero_tile(grid, rows_N, one, sizes[0], BITS, GROUP)
+            scale_NU = None
+            part_NM = tl.zeros_like(sum_NM)
+        else:
+            scale_NU = scale_tile(grid, rows_N, at_U * 8, sizes[0], GROUP)
+            zeros_NU = zero_tile(grid, rows_N, at_U * 8, sizes[0], BITS, GROUP)
+            part_NM = sum_NM
+        part_NM = _consume(
+            part_NM, word_NU, kept_NU, zeros_NU, scale_NU, inputs, at_U, sizes[1] // 8, 8, BITS, SYMMETRIC, DTYPE
+        )
+        sum_NM = sum_NM + part_NM * scale_N1.to(tl.float32) if SCALE_AFTER else part_NM
+    return sum_NM

@@ -1,0 +1,115 @@
+"""What the kernels share: from bits to numbers.
+
+Layouts store `flipped = code ^ zero` of a weight, and 0 of one that is pruned. Flipping back gives a pruned weight its
+zero point, so that it comes out as exactly 0, whatever the zero point is, and no kernel asks which weights are there.
+
+N=outputs U=places of a tile along inputs
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def centered(flipped_NU, zeros_NU, BITS: tl.constexpr, SYMMETRIC: tl.constexpr, DTYPE: tl.constexpr):
+    """code - zero, exact, in DTYPE; zeros_NU int32, (N, U) or (N, 1), not looked at where SYMMETRIC: 2^(BITS - 1).
+
+    16-bit types need no conversion from integers: 1024 + c is a float16 whose last bits are those of c, and 128 + c a
+    bfloat16 for c up to 127. Constants are written as such: a tile of them would cost weights a way through
+    shared memory.
+    """
+    IN_FLOAT16: tl.constexpr = tl.float16 == DTYPE
+    MAGIC: tl.constexpr = 0x6400 if IN_FLOAT16 else 0x4300
+    BASE: tl.constexpr = 1024 if IN_FLOAT16 else 128
+    MIDDLE: tl.constexpr = 1 << (BITS - 1)
+    if tl.float32 == DTYPE or (tl.bfloat16 == DTYPE and BITS == 8):
+        if SYMMETRIC:
+            w_NU = ((flipped_NU.to(tl.int32) ^ MIDDLE) - MIDDLE).to(DTYPE)
+        else:
+            w_NU = ((flipped_NU.to(tl.int32) ^ zeros_NU) - zeros_NU).to(DTYPE)
+    else:
+        if SYMMETRIC:
+            w_NU = _as(flipped_NU ^ (MAGIC | MIDDLE), DTYPE) - (BASE + MIDDLE)
+        else:
+            w_NU = _as(flipped_NU ^ (zeros_NU | MAGIC), DTYPE) - _as(zeros_NU | MAGIC, DTYPE)
+    return w_NU
+
+
+@triton.jit
+def scaled(w_NU, scale_NU, DTYPE: tl.constexpr):
+    """w * scale, rounded once. A float16 scale does not fit into a bfloat16, so there the product is float32."""
+    if tl.bfloat16 == DTYPE:
+        product_NU = (w_NU.to(tl.float32) * scale_NU.to(tl.float32)).to(DTYPE)
+    else:
+        product_NU = w_NU * scale_NU.to(DTYPE)
+    return product_NU
+
+
+@triton.jit
+def _as(bits_NU, DTYPE: tl.constexpr):
+    return bits_NU.to(tl.int16).to(DTYPE, bitcast=True)
+
+
+@triton.jit
+def popcount(bits):
+    """Set bits of unsigned 64-bit integers, in the form that compilers know and have an instruction for."""
+    bits = bits - ((bits >> 1) & 0x5555555555555555)
+    bits = (bits & 0x3333333333333333) + ((bits >> 2) & 0x3333333333333333)
+    bits = (bits + (bits >> 4)) & 0x0F0F0F0F0F0F0F0F
+    return ((bits * 0x0101010101010101) >> 56).to(tl.int32)
+
+
+@triton.jit
+def popcount16(bits):
+    """Set bits of int32 below 2^16."""
+    bits = bits - ((bits >> 1) & 0x5555)
+    bits = (bits & 0x3333) + ((bits >> 2) & 0x3333)
+    bits = (bits + (bits >> 4)) & 0x0F0F
+    return (bits + (bits >> 8)) & 31
+
+
+@triton.jit
+def window(words, bit, BITS: tl.constexpr):
+    """8 codes as unsigned integers, from any bit of a stream of 32-bit words on; reads one word more than it needs."""
+    at, shift = bit >> 5, (bit & 31).to(tl.uint32)
+    first = tl.load(words + at).to(tl.uint32, bitcast=True)
+    second = tl.load(words + at + 1).to(tl.uint32, bitcast=True)
+    # two shifts, since shifting 32 bits by 32 is undefined
+    codes = (first >> shift) | ((second << 1) << (31 - shift))
+    if BITS == 8:
+        third = tl.load(words + at + 2).to(tl.uint32, bitcast=True)
+        later = (second >> shift) | ((third << 1) << (31 - shift))
+        codes = codes.to(tl.uint64) | (later.to(tl.uint64) << 32)
+    return codes
+
+
+@triton.jit
+def unit_words(codes, high, tile, within_NU, BITS: tl.constexpr):
+    """The 8 codes of units of 16 weights, as unsigned integers: 16, 24 (in two pieces), 32 or 64 bits are stored."""
+    word_NU = tl.load(codes + tile + within_NU)
+    if BITS == 8:
+        unit_NU = word_NU.to(tl.uint64, bitcast=True)
+    elif BITS == 4:
+        unit_NU = word_NU.to(tl.uint32, bitcast=True)
+    else:
+        unit_NU = word_NU.to(tl.uint16, bitcast=True).to(tl.uint32)
+        if BITS == 3:
+            unit_NU = unit_NU | (tl.load(high + tile + within_NU).to(tl.uint32) << 16)
+    return unit_NU
+
+
+@triton.jit
+def scale_tile(grid, rows_N, inputs_U, outputs, GROUP: tl.constexpr):
+    """Scales (N, U) of outputs rows_N at inputs inputs_U."""
+    return tl.load(grid[0] + (inputs_U // GROUP)[None, :] * outputs + rows_N[:, None])
+
+
+@triton.jit
+def zero_tile(grid, rows_N, inputs_U, outputs, BITS: tl.constexpr, GROUP: tl.constexpr):
+    """Zero points, int32, as `scale_tile`; where all are the same, a (1, 1) that nobody looks at."""
+    zeros = grid[1]
+    if zeros is None:
+        zeros_NU = tl.full((1, 1), 1 << (BITS - 1), tl.int32)
+    else:
+        zeros_NU = tl.load(zeros + (inputs_U // GROUP)[None, :] * outputs + rows_N[:, None]).to(tl.int32)
+    return zeros_NU
