@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import torch
+from ctp_kernels.arithmetic import where_slow
 from ctp_kernels.prefix import cache_of, cache_with, fresh_copy
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -54,7 +55,8 @@ class SoftPromptLoss(PromptedLoss):
     def forward(self, ids_BT: Tensor, which: int, soft: SoftTargets | None) -> Tensor:
         model, scorer = self._frozen[which]
         rows_1PD = self.prompt.to(decoder_embedding(model).weight.dtype)[None]
-        cache = cache_of(model.base_model(inputs_embeds=rows_1PD, use_cache=True))
+        with where_slow(rows_1PD):
+            cache = cache_of(model.base_model(inputs_embeds=rows_1PD, use_cache=True))
         prefix = fresh_copy(cache, batch_size=ids_BT.shape[0])
         return scorer.nll(ids_BT, prefix=prefix, soft=soft, input_ids=ids_BT).mean()
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from ctp_kernels.arithmetic import where_slow
 from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
@@ -137,7 +138,8 @@ def _final_hidden(model: PreTrainedModel, inputs_embeds: torch.Tensor) -> torch.
 
     handle = output_head(model).register_forward_pre_hook(keep)
     try:
-        model(inputs_embeds=inputs_embeds, use_cache=False)
+        with where_slow(inputs_embeds):
+            model(inputs_embeds=inputs_embeds, use_cache=False)
     finally:
         handle.remove()
     return seen[0][0]
@@ -158,7 +160,8 @@ def _mass(
 
     handle = output_head(model).register_forward_hook(append)
     try:
-        logits = model(inputs_embeds=inputs_embeds, use_cache=False).logits[0].double()
+        with where_slow(inputs_embeds):
+            logits = model(inputs_embeds=inputs_embeds, use_cache=False).logits[0].double()
     finally:
         handle.remove()
     own = logits[:, -1] + torch.log(torch.tensor(float(tokens), dtype=torch.float64))
