@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from ctp_cli.artifact import refuse_existing
-from ctp_cli.commands.common import Device, DryRun, Force, Json, Output, Quiet, reports_errors
+from ctp_cli.commands.common import Device, DryRun, Force, Json, Output, Quiet, follows, reports_errors
 from ctp_cli.console import Console, size_text, time_text
 from ctp_cli.errors import RecipeError
 from ctp_cli.models.embedded import NAME
@@ -81,8 +81,9 @@ def compress(
     ctp compress path/to/opt --sparsity 2:4 --calibration texts.jsonl
     ctp compress --bits 4 --format gptq,compressed-tensors -o w4     # w4 and w4-compressed-tensors
     ctp compress path/to/llama-70b --bits 4 --max-memory 24GB --dry-run
+    torchrun --nproc-per-node 2 -m ctp_cli compress path/to/llama --bits 4   # shares the calibration
     """
-    console = Console(quiet=quiet, json_mode=json)
+    console = Console(quiet=quiet or follows(), json_mode=json)
     first, *others = format.split(",") if format else [None]
     sections = [
         build(
@@ -140,6 +141,8 @@ def compress(
     report = stage.compress(
         section, model=resolved, output=path, device=resolve_device(device), force=force, progress=progress
     )
+    if report is None:  # another process is the one that speaks
+        return
     for one, extra in beside.items():
         convert(one, model=resolve_model(str(path)), output=extra, force=force, progress=progress)
     for note in report.notes:

@@ -18,6 +18,7 @@ from ctp_cli.compression.targets import Mismatch
 from ctp_cli.errors import SolverError
 from ctp_cli.models.activations import Tensors
 from ctp_cli.models.blocks import Block, LinearLayer, SuspendedRun, WalkState, advance, flatten
+from ctp_cli.models.processes import ALONE, Processes
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,15 @@ class _Moments:
     hessian: Hessian
     mismatch: Mismatch | None
 
+    def add_up(self, processes: Processes) -> None:
+        processes.add_up(self.hessian.H_II)
+        self.hessian.tokens = processes.total(self.hessian.tokens)
+        if self.mismatch is not None:
+            processes.add_up(self.mismatch.inputs_II)
+            if self.mismatch.gap_OI is not None:
+                processes.add_up(self.mismatch.gap_OI)
+            self.mismatch.tokens = processes.total(self.mismatch.tokens)
+
 
 @torch.no_grad()
 def compress_block(
@@ -61,29 +71,33 @@ def compress_block(
     *,
     true_sequential: bool,
     full: FullBlock | None = None,
+    processes: Processes = ALONE,
 ) -> list[LayerResult]:
     """Compress every layer of a block in place and replace the hidden states by the compressed block's outputs.
 
     `sets` are the layers fed by the same tensor (`shared_inputs`): they share one Hessian and are solved together. With
     `true_sequential` each set sees inputs made by the sets before it in their compressed form. With `full`, which needs
     it, the layers aim at the full model's outputs instead of their own, and its hidden states move on as well.
+    Of several `processes`, each with hidden states of its own, the main one solves, from the moments of all; the others
+    get its weights, and an empty list.
     Raises: SolverError, naming the layer, where its equations cannot be solved or its inputs are not finite.
     """
     if not rule.needs_hessian:
-        results = [result for layers in sets for result in _solve_set(layers, None, rule)]
+        results = [result for layers in sets for result in _solve_set(layers, None, rule, processes)]
         advance(block, state)
         return results
     results, waiting = [], []
     with _calibration(block, state, sets, full) as calibration:
         for layers in sets:
             moments = calibration.moments(layers)
+            moments.add_up(processes)
             if true_sequential:
-                results += _solve_set(layers, moments, rule)
+                results += _solve_set(layers, moments, rule, processes)
             else:
                 waiting.append((layers, moments))
         calibration.finish(with_outputs=true_sequential)
     if waiting:
-        results = [result for layers, moments in waiting for result in _solve_set(layers, moments, rule)]
+        results = [result for layers, moments in waiting for result in _solve_set(layers, moments, rule, processes)]
         advance(block, state)
     return results
 
@@ -146,7 +160,19 @@ class _Calibration:
             self.full_run.finish()
 
 
-def _solve_set(layers: Sequence[LinearLayer], moments: _Moments | None, rule: SolverRule) -> list[LayerResult]:
+def _solve_set(
+    layers: Sequence[LinearLayer], moments: _Moments | None, rule: SolverRule, processes: Processes
+) -> list[LayerResult]:
+    results = _solved(layers, moments, rule) if processes.is_main else []
+    if processes.count > 1:
+        for layer in layers:
+            weight_OI = layer.weight_OI.contiguous()
+            processes.tell(weight_OI)
+            layer.set_weight(weight_OI)
+    return results
+
+
+def _solved(layers: Sequence[LinearLayer], moments: _Moments | None, rule: SolverRule) -> list[LayerResult]:
     started = time.perf_counter()
     before = [layer.weight_OI for layer in layers]
     for layer, weight_OI in zip(layers, before, strict=True):

@@ -1,5 +1,6 @@
 """Compress a model: check, open, do the passes (`passes.py`) the plan asks for (`plan.py`), finish as one artifact."""
 
+import contextlib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,10 +14,11 @@ from ctp_cli.artifact import Workspace, folder_fingerprint, manifest_of, refuse_
 from ctp_cli.checkpoints import writer
 from ctp_cli.data.sources import Text, load_text
 from ctp_cli.data.windows import token_ids, windows
-from ctp_cli.errors import InputError
+from ctp_cli.errors import InputError, RecipeError
 from ctp_cli.models import embedded
 from ctp_cli.models.blocks import Block, find_blocks
 from ctp_cli.models.loading import dense_skeleton, load_config, load_tokenizer
+from ctp_cli.models.processes import Processes
 from ctp_cli.models.resolve import ResolvedModel
 from ctp_cli.models.streaming import WholeModel, stream_model
 from ctp_cli.progress import SILENT, Progress
@@ -78,22 +80,37 @@ def compress(
     device: str = "cpu",
     force: bool = False,
     progress: Progress = SILENT,
-) -> CompressReport:
-    """Raises CtpError kinds for whatever the user can mend; unfinished work is kept in `output`.partial."""
+) -> CompressReport | None:
+    """Raises CtpError kinds for whatever the user can mend; unfinished work is kept in `output`.partial.
+
+    None in all processes of a job but the main one. They share the calibration windows.
+    """
     refuse_existing(output, force=force, reads=model.path)
     config = _config_of_original(model)
     tokenizer = load_tokenizer(model.path)
     calibration = load_text(section.calibration or default_text(model), default_part="train")
     ids_NT = _windows(section, calibration, tokenizer)
     _check_fits_model(config, tokenizer, ids_NT)
+    processes = Processes.of_job(device)
+    count = min(section.windows, ids_NT.shape[0])
+    if processes.count > 1:
+        _check_can_be_shared(section, processes, count)
     opened = WholeModel(model.path, device=device) if section.tune_windows else stream_model(model.path, device=device)
     network, blocks = opened.network, opened.blocks
     job = Job.plan(section, network, blocks)
-    needs = estimate(job, network, blocks, windows=min(section.windows, ids_NT.shape[0]), device=ids_NT.device.type)
+    needs = estimate(job, network, blocks, windows=-(-count // processes.count), device=ids_NT.device.type)
     activations = needs.activations(section.max_memory, unfinished(output))
-    with workspace(output, kind=KIND, identity=identity(section, model, calibration), force=force) as space:
-        passes = Passes(job, space, opened, model.path, activations, progress)
+    made_of = identity(section, model, calibration)
+    main = processes.is_main
+    place = workspace(output, kind=KIND, identity=made_of, force=force) if main else contextlib.nullcontext()
+    with place as space:
+        if space is not None and space.resumed:
+            progress.say(f"going on with the unfinished work in {space.path}")
+        processes.total(0)  # nobody goes on before the folder is there
+        passes = Passes(job, unfinished(output), opened, model.path, activations, processes, progress)
         report, tunings = passes.run(ids_NT.to(device))
+        if space is None:
+            return None
         job.write_shared_files(space.path, network, tokenizer)
         sizes = _sizes(job, space, network, blocks)
         notes = _notes(job, sizes)
@@ -104,9 +121,10 @@ def compress(
                 "calibration": {
                     "source": calibration.source,
                     "sha256": calibration.sha256,
-                    "windows": min(section.windows, ids_NT.shape[0]),
+                    "windows": count,
                     "seqlen": section.seqlen,
                 },
+                "processes": processes.count,
                 "format": job.format,
                 "base_model": model.name,
                 "results": sizes | {"layers": report, "notes": notes, "tunings": tunings},
@@ -122,6 +140,19 @@ def compress(
         notes=notes,
         **sizes,
     )
+
+
+def _check_can_be_shared(section: CompressSection, processes: Processes, windows: int) -> None:
+    if section.tune_windows:
+        raise RecipeError(
+            f"compress.tune_windows: tuning is the work of one process, and there are {processes.count}",
+            hint="start ctp without torchrun, or use --tune-windows 0",
+        )
+    if windows < processes.count:
+        raise RecipeError(
+            f"compress.windows: {windows} windows cannot be shared by {processes.count} processes",
+            hint="give every process at least one",
+        )
 
 
 def dry_run(section: CompressSection, *, model: ResolvedModel, output: Path, force: bool = False) -> dict[str, Any]:

@@ -10,7 +10,6 @@ from ctp_kernels.memory import keep_freed_memory
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ctp_cli.artifact import Workspace
 from ctp_cli.checkpoints import writer
 from ctp_cli.checkpoints.formats import LayerFormat
 from ctp_cli.compression.blockwise import FullBlock, LayerResult, compress_block
@@ -31,6 +30,7 @@ from ctp_cli.models.blocks import (
     start_walk,
 )
 from ctp_cli.models.loading import load_model
+from ctp_cli.models.processes import Processes
 from ctp_cli.models.streaming import BlockStream, WholeModel
 from ctp_cli.progress import Progress
 from ctp_cli.stages.estimate import BATCH_TOKENS
@@ -47,11 +47,13 @@ class Passes:
     """Finished blocks and finished tunings are on disk and are only read back."""
 
     job: Job
-    space: Workspace
+    folder: Path
     model: BlockStream | WholeModel
     """Tuning takes a whole one: a stream forgets what was done to a block."""
     original: Path
     activations: Activations
+    processes: Processes
+    """The main one writes; the others need to see the folder."""
     progress: Progress
 
     @property
@@ -68,12 +70,11 @@ class Passes:
         Weights that are to be tuned are pruned first and quantized once they are tuned: rounding then meets the weights
         that stay, and what it costs is made up for by tuning scales.
         """
-        section, rule, folder = self.job.section, self.job.rule, self.space.path
+        section, rule, folder = self.job.section, self.job.rule, self.folder
         calibration_NT, tuning_NT = ids_NT[: section.windows], ids_NT[-section.tune_windows :]
+        calibration_NT = calibration_NT[self.processes.rank :: self.processes.count]
         if section.max_memory is None:
             keep_freed_memory()
-        if self.space.resumed:
-            self.progress.say(f"going on with the unfinished work in {folder}")
         tunings: list[dict[str, Any]] = []
         if section.tune_windows and not (folder / _TUNED).exists():
             if section.tune == "weights" and rule.mask is not None and rule.grid is not None:
@@ -131,7 +132,9 @@ class Passes:
         self, folder: Path, rule: SolverRule, settings: LayerFormat | None, ids_NT: Tensor
     ) -> list[dict[str, Any]]:
         names = writer.ShardNames(len(self.blocks), settings)
-        writer.write_shard(folder / names.outside(), writer.outside_tensors(self.network, self.blocks))
+        processes = self.processes
+        if processes.is_main:
+            writer.write_shard(folder / names.outside(), writer.outside_tensors(self.network, self.blocks))
         batch = max(1, BATCH_TOKENS.get(ids_NT.device.type, 2048) // ids_NT.shape[1])
         state = start_walk(
             self.network,
@@ -152,7 +155,7 @@ class Passes:
             full_block = None if full_state is None else copy_of(block)
             shard = folder / names.block(block.index)
             record = shard.with_suffix(".layers")
-            if shard.exists() and record.exists():
+            if processes.told(shard.exists() and record.exists()):
                 writer.restore_block(block, shard, settings=settings)
                 advance(block, state)
                 if full_block is not None and full_state is not None:
@@ -164,16 +167,32 @@ class Passes:
                     writers = residual_writers(full_block, full_state, sets.of(full_block))
                     full = FullBlock(full_block, full_state, [layer.name for layer in writers])
                 true_sequential = self.job.section.true_sequential
-                results = compress_block(block, state, rule, sets.of(block), true_sequential=true_sequential, full=full)
-                _refuse_nan(block, state.hidden_BTD)
+                results = compress_block(
+                    block,
+                    state,
+                    rule,
+                    sets.of(block),
+                    true_sequential=true_sequential,
+                    full=full,
+                    processes=processes,
+                )
+                self._refuse_nan(block, state.hidden_BTD)
                 rows = [_layer_row(result) for result in results]
-                write_json(record, {"layers": rows})
-                writer.write_shard(shard, writer.block_tensors(block, results, settings=settings))
+                if processes.is_main:
+                    write_json(record, {"layers": rows})
+                    writer.write_shard(shard, writer.block_tensors(block, results, settings=settings))
             report += rows
             self.progress.advance(note=_note(rows))
         self.model.close()
         self.progress.finish()
         return report
+
+    def _refuse_nan(self, block: Block, hidden_BTD: Tensors) -> None:
+        if self.processes.total(sum(not all_finite(x_BTD) for x_BTD in hidden_BTD)):
+            raise SolverError(
+                f"{block.name}: its outputs hold NaN or infinity",
+                hint="does the uncompressed model run on this text?",
+            )
 
 
 def _tuning_row(what: str, tuned: Tuned, ids_NT: Tensor) -> dict[str, Any]:
@@ -198,14 +217,6 @@ class _SharedInputs:
             found = shared_inputs(block, self._state)
             self._known[alike] = [[layer.name.removeprefix(block.name) for layer in layers] for layers in found]
         return [[by_path[path] for path in paths] for paths in self._known[alike]]
-
-
-def _refuse_nan(block: Block, hidden_BTD: Tensors) -> None:
-    if not all(all_finite(x_BTD) for x_BTD in hidden_BTD):
-        raise SolverError(
-            f"{block.name}: its outputs hold NaN or infinity",
-            hint="does the uncompressed model run on this text?",
-        )
 
 
 def _layer_row(result: LayerResult) -> dict[str, Any]:
