@@ -99,6 +99,7 @@ class Weight:
         self._parts: PackedParts | None = parts
         self._own: layouts.PackedWeight | _Int4 | None = None
         self._g_idx = parts.g_idx
+        self._ways: dict[tuple[torch.dtype, int], str] = {}
         self._refused: dict[str, str] = {}
         self._starts_N = _checked_starts(parts)
         self._about = _moved(parts, torch.device("meta"))
@@ -152,7 +153,11 @@ class Weight:
 
     def form_for(self, dtype: torch.dtype, rows: int) -> "layouts.PackedWeight | _Int4 | None":
         """The form that the chosen way wants, made if need be; None for dense weights."""
-        way = self.explain(dtype, rows).way
+        bounds = (0, _FEW_ROWS, _MANY_ROWS)
+        kind = (dtype, sum(rows > bound for bound in bounds))
+        way = self._ways.get(kind)
+        if way is None:
+            way = self._ways[kind] = self.explain(dtype, rows).way
         if way == DENSE:
             return None
         wanted = _Int4 if way == INT4 else layouts.PackedWeight
@@ -161,6 +166,7 @@ class Weight:
                 made = _Int4.of(self.restore()) if way == INT4 else layouts.from_parts(self.restore())
             except ValueError as refusal:  # what shapes alone do not show
                 self._refused |= dict.fromkeys((INT4,) if way == INT4 else (TRITON, TRITON_DENSE), str(refusal))
+                self._ways.clear()
                 return self.form_for(dtype, rows)
             self._own, self._parts = made, None
         return self._own
