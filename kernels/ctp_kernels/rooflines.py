@@ -182,7 +182,7 @@ def predictions(shapes: Sequence[LayerShape], *, rows: int = 1) -> tuple[Predict
     made = []
     for shape in shapes:
         moved = 2 * rows * (shape.inputs + shape.outputs)
-        sizes = {"F.linear float16": 2 * shape.outputs * shape.inputs}
+        sizes = {"fp16 F.linear": 2 * shape.outputs * shape.inputs}
         sizes |= {f"ours, {kind}": stored_bytes(described(shape, kind)) for kind in KINDS}
         made += [
             Prediction(
@@ -206,9 +206,12 @@ def described(shape: LayerShape, kind: str, *, bits: int = 4) -> PackedParts:
     )
 
 
-def random_layer(shape: LayerShape, kind: str, generator: torch.Generator, *, bits: int = 4) -> PackedParts:
+def random_layer(
+    shape: LayerShape, kind: str, generator: torch.Generator, *, bits: int = 4, device: torch.device | str = "cpu"
+) -> PackedParts:
     """A layer of this kind with random codes, symmetric; a bitmap keeps about half of the weights.
 
+    The generator is one of the CPU's.
     Raises: ValueError for inputs that are no multiple of 16.
     """
     outputs, inputs = shape.outputs, shape.inputs
@@ -218,11 +221,12 @@ def random_layer(shape: LayerShape, kind: str, generator: torch.Generator, *, bi
     length = outputs * inputs * bits // 8
     if mask_NB is not None:
         length = int(row_starts(unpack_bits(mask_NB), bits)[-1])
+    scales_NG = torch.rand(outputs, inputs // shape.group_size, generator=generator) / 64 + 0.01
     return PackedParts(
-        codes=torch.randint(0, 256, (length,), dtype=torch.uint8, generator=generator),
-        scales=(torch.rand(outputs, inputs // shape.group_size, generator=generator) / 64 + 0.01).half(),
+        codes=torch.randint(0, 256, (length,), dtype=torch.uint8, generator=generator).to(device),
+        scales=scales_NG.half().to(device),
         bits=bits,
-        mask=mask_NB,
+        mask=None if mask_NB is None else mask_NB.to(device),
     )
 
 
@@ -241,7 +245,7 @@ def cache_bytes(device: str) -> int:
     return max((int(size[:-1]) * units[size[-1]] for size in sizes if size[-1:] in units), default=_CACHE_BYTES)
 
 
-_MV = "torch.mv bfloat16"
+_MV = "bf16 torch.mv"
 
 
 def _products(shape: LayerShape, device: torch.device, caches: int, generator: torch.Generator) -> list[_Product]:
@@ -252,15 +256,15 @@ def _products(shape: LayerShape, device: torch.device, caches: int, generator: t
         made = weights_NK.to(device, dtype)
         return _Product(name, made.nbytes, dtype, _copies(made, made.nbytes, caches), run)
 
-    products = [plain(f"F.linear {str(half).removeprefix('torch.')}", half, functional.linear)]
+    products = [plain("fp16 F.linear" if half == torch.float16 else "bf16 F.linear", half, functional.linear)]
     if device.type == "cpu":
         products.append(plain(_MV, half, lambda x, weight: torch.mv(weight, x[0])))
-        products.append(plain("F.linear float32", torch.float32, functional.linear))
+        products.append(plain("fp32 F.linear", torch.float32, functional.linear))
         if shape.outputs % 16 == 0 and shape.group_size in (32, 64, 128):
             products.append(_int4(shape, caches, generator))
     for kind in KINDS:
-        parts = random_layer(shape, kind, generator)
-        weight = dispatch.prepare(_on(parts, device))
+        parts = random_layer(shape, kind, generator, device=device)
+        weight = dispatch.prepare(parts)
         size = stored_bytes(parts)
         products.append(_Product(f"ours, {kind}", size, half, _copies(weight, size, caches), dispatch.matmul))
     return products
@@ -274,7 +278,7 @@ def _int4(shape: LayerShape, caches: int, generator: torch.Generator) -> _Produc
     copies = _copies((packed, grid_GN2), size, caches)
     multiply = torch.ops.aten._weight_int4pack_mm_for_cpu
     return _Product(
-        *("torch int4", size, torch.bfloat16, copies),
+        *("bf16 torch int4", size, torch.bfloat16, copies),
         lambda x, weight: multiply(x, weight[0], shape.group_size, weight[1]),
     )
 
@@ -359,12 +363,3 @@ def _random_mask(kind: str, outputs: int, inputs: int, generator: torch.Generato
     patterns = torch.tensor(units).to(torch.int16 if m == 16 else torch.uint8)
     chosen = torch.randint(0, len(units), (outputs, inputs // (16 if m == 16 else 8)), generator=generator)
     return patterns[chosen].view(torch.uint8)
-
-
-def _on(parts: PackedParts, device: torch.device) -> PackedParts:
-    return PackedParts(
-        codes=parts.codes.to(device),
-        scales=parts.scales.to(device),
-        bits=parts.bits,
-        mask=None if parts.mask is None else parts.mask.to(device),
-    )
