@@ -49,8 +49,8 @@ def predicted_rows(predictions: Sequence[Prediction]) -> list[list[str]]:
         [
             str(LayerShape(row.outputs, row.inputs)),
             row.product,
-            f"{row.moved_bytes / 1e6:.2f}",
-            *(f"{time:.2f}" for time in row.time_us.values()),
+            f"{row.moved_bytes / 1e6:.3g}",
+            *(f"{time:.3g}" for time in row.time_us.values()),
         ]
         for row in predictions
     ]

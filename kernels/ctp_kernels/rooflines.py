@@ -148,14 +148,12 @@ def measure(
     copied = max(_COPIED_BYTES, caches)
     source = torch.zeros(copied, dtype=torch.uint8, device=where)
     copying = _Product("copy", 2 * copied, torch.uint8, [torch.empty_like(source)], lambda x, to: to.copy_(x))
-    found, bandwidths, notes = [], [], set()
+    found, bandwidths, notes = [], [], set[str]()
     for shape in shapes:
         products = _products(shape, where, caches, generator)
-        notes |= {
-            f"{product.name}, {shape}: {len(product.copies)} copies of the weights fit into the caches"
-            for product in products
-            if len(product.copies) * product.weight_bytes < caches
-        }
+        cached = [product.name for product in products if len(product.copies) * product.weight_bytes < caches]
+        if cached:
+            notes.add(f"{shape}: {_MOST_COPIES} copies of the weights fit into the caches: {'; '.join(cached)}")
         for rows in batches:
             taking = [product for product in products if rows == 1 or product.name != _MV]
             x_MK = torch.randn(rows, shape.inputs, generator=generator).to(where)
