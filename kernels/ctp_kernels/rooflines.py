@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ctp_kernels import dispatch
+from ctp_kernels import dispatch, onnx_product
 from ctp_kernels.profiling import Quartiles
 from ctp_kernels.ragged import row_starts, unpack_bits
 from ctp_kernels.reference import PackedParts
@@ -141,7 +141,8 @@ def measure(
     """Time products with random layers of these shapes, 4 bits, for each number of rows.
 
     On the CPU: bfloat16 and float32 `F.linear`, `torch.mv` for one row, PyTorch's int4 product, and ours with dense
-    codes, 2:4, 8:16 and a bitmap of half of the weights, on bfloat16. On a GPU: float16 `F.linear` and ours.
+    codes, 2:4, 8:16 and a bitmap of half of the weights, on bfloat16; ONNX Runtime's int4 product where onnxruntime and
+    onnx are installed. On a GPU: float16 `F.linear` and ours.
     `generator` is one of the CPU's. `on_run` is called `len(shapes) * len(batches) * (rounds + 1)` times.
     """
     where, caches = torch.device(device), cache_bytes(device)
@@ -164,6 +165,8 @@ def measure(
             found += [_row(shape, rows, product, seconds[product.name], bandwidth.median) for product in taking]
     if where.type == "cuda":
         notes.add("times of short products on a GPU are those of launching them")
+    elif not onnx_product.available():
+        notes.add("ONNX Runtime was left out: onnxruntime and onnx are not both installed")
     return RooflineReport(
         rows=tuple(found),
         copy_gb_per_s=Quartiles.of(bandwidths),
@@ -260,6 +263,8 @@ def _products(shape: LayerShape, device: torch.device, caches: int, generator: t
         products.append(plain("fp32 F.linear", torch.float32, functional.linear))
         if shape.outputs % 16 == 0 and shape.group_size in (32, 64, 128):
             products.append(_int4(shape, caches, generator))
+            if onnx_product.available():
+                products.append(_onnx(shape, caches, generator))
     for kind in KINDS:
         parts = random_layer(shape, kind, generator, device=device)
         weight = dispatch.prepare(parts)
@@ -281,10 +286,21 @@ def _int4(shape: LayerShape, caches: int, generator: torch.Generator) -> _Produc
     )
 
 
+def _onnx(shape: LayerShape, caches: int, generator: torch.Generator) -> _Product:
+    parts = random_layer(shape, "dense", generator)
+    size = stored_bytes(parts) + parts.scales.nbytes  # scales are float32 there
+    codes_NB = parts.codes.view(shape.outputs, -1)
+    copies = [onnx_product.int4_product(codes_NB, parts.scales) for _ in range(_count(size, caches))]
+    return _Product("ONNX Runtime, x in 8 bits", size, torch.float32, copies, lambda x, product: product(x))
+
+
 def _copies(made: Any, size: int, caches: int) -> list[Any]:
     """Enough to fill the caches twice over."""
-    count = min(_MOST_COPIES, max(2, -(-2 * caches // size)))
-    return [made, *(copy.deepcopy(made) for _ in range(count - 1))]
+    return [made, *(copy.deepcopy(made) for _ in range(_count(size, caches) - 1))]
+
+
+def _count(size: int, caches: int) -> int:
+    return min(_MOST_COPIES, max(2, -(-2 * caches // size)))
 
 
 def _rounds(

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from ctp_kernels import rooflines
+from ctp_kernels import onnx_product, rooflines
 from ctp_kernels.dispatch import explain
 from ctp_kernels.rooflines import KINDS, LayerShape
 from tiny_models import tiny_model
@@ -27,6 +27,7 @@ def _quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(rooflines, "cache_bytes", lambda device: 20_000)
     monkeypatch.setattr(rooflines, "_COPIED_BYTES", 1 << 16)
     monkeypatch.setattr(rooflines, "_SAMPLE_S", 0.0)
+    monkeypatch.setattr(onnx_product, "available", lambda: False)
 
 
 @pytest.fixture(scope="module")

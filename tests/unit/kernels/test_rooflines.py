@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from ctp_kernels import dispatch, reference, rooflines
+from ctp_kernels import dispatch, onnx_product, reference, rooflines
 from ctp_kernels.rooflines import KINDS, LayerShape
 
 SMALL = LayerShape(64, 128)
@@ -13,6 +13,7 @@ def small_caches(monkeypatch: pytest.MonkeyPatch) -> int:
     monkeypatch.setattr(rooflines, "cache_bytes", lambda device: 40_000)
     monkeypatch.setattr(rooflines, "_COPIED_BYTES", 1 << 16)
     monkeypatch.setattr(rooflines, "_SAMPLE_S", 0.0)
+    monkeypatch.setattr(onnx_product, "available", lambda: False)
     return 40_000
 
 
@@ -82,7 +83,8 @@ def test_weights_in_rotation_do_not_fit_into_the_caches(small_caches: int) -> No
 def test_weights_that_do_fit_are_named(small_caches: int, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rooflines, "_MOST_COPIES", 3)
     report = rooflines.measure([SMALL], device="cpu", generator=torch.Generator(), batches=(1,), rounds=1)
-    (note,) = report.notes
+    note, left_out = report.notes
+    assert "ONNX Runtime was left out" in left_out
     assert note.startswith("64 x 128: 3 copies")
     assert "ours, dense" in note
     assert "fp32" not in note
@@ -117,6 +119,15 @@ def test_every_product_is_the_oracles(small_caches: int) -> None:
         x = torch.randn(3, 128).bfloat16()
         wanted = reference.matmul(x.double(), weight.stored())
         assert (product.run(x, weight).double() - wanted).norm() < 3e-3 * wanted.norm()
+
+
+@pytest.mark.skipif(not onnx_product.available(), reason="onnxruntime and onnx are not both installed")
+def test_onnx_runtimes_product_is_the_oracles_but_for_its_rounding_of_x() -> None:
+    parts = rooflines.random_layer(SMALL, "dense", torch.Generator().manual_seed(1))
+    run = onnx_product.int4_product(parts.codes.view(64, -1), parts.scales)
+    x = torch.randn(5, 128)
+    wanted = reference.matmul(x.double(), parts)
+    assert (run(x).double() - wanted).norm() < 1e-2 * wanted.norm()
 
 
 def test_predictions_are_bytes_by_bandwidth() -> None:
