@@ -1,5 +1,6 @@
 """Checkpoints of format ctp in transformers: the same model as its dense twin, packed in memory, with gradients."""
 
+import copy
 import importlib.util
 import json
 import os
@@ -144,6 +145,17 @@ def test_dense_codes_are_multiplied_as_they_are_packed_and_saved_as_they_were(tm
         assert (packed(one).logits - wanted).norm() < 1e-2 * wanted.norm()
         packed.to(torch.bfloat16)(one)
     assert layers[next(iter(converted))].codes is None
+    twin = copy.deepcopy(packed)
+    other = {name: tensor.clone() for name, tensor in packed.state_dict().items()}
+    name = next(name for name in other if name.endswith("up_proj.codes"))
+    other[name] = 255 - other[name]
+    with torch.no_grad():
+        changed = packed(one).logits  # in PyTorch's form again
+        assert torch.equal(twin(one).logits, changed)
+        packed.load_state_dict(other)
+        assert not torch.equal(packed(one).logits, changed)
+        assert torch.equal(twin(one).logits, changed), "a copy has weights of its own"
+    packed = twin
     packed.save_pretrained(tmp_path / "again")
     before, after = stored_tensors(path), stored_tensors(tmp_path / "again")
     assert all(
