@@ -152,7 +152,7 @@ def test_dense_codes_are_multiplied_as_they_are_packed_and_saved_as_they_were(tm
     with torch.no_grad():
         changed = packed(one).logits  # in PyTorch's form again
         assert torch.equal(twin(one).logits, changed)
-        packed.load_state_dict(other)
+        packed.load_state_dict(other, assign=True)
         assert not torch.equal(packed(one).logits, changed)
         assert torch.equal(twin(one).logits, changed), "a copy has weights of its own"
     packed = twin
