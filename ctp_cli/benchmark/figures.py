@@ -1,4 +1,4 @@
-"""The figures: latency against prompt length, perplexity won back, and the course of learning.
+"""The figures: latency against prompt length, perplexity won back, the course of learning, and times of kernels.
 
 Drawn on matplotlib's Figure directly: pyplot would choose a backend for the whole process. Colours are
 Okabe and Ito's, told apart by colour-blind readers; markers, hatches and labels say the same without
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ctp_kernels.profiling import LatencyReport, LatencyRow, Quartiles
+from ctp_kernels.rooflines import LayerShape, RooflineReport
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
@@ -29,6 +30,7 @@ _LATENCY_STYLES: dict[bool, dict[str, Any]] = {  # by whether the prefix was reu
     False: {"color": VERMILLION, "marker": "o", "linestyle": "-", "label": "prompt computed each time"},
     True: {"color": BLUE, "marker": "s", "linestyle": "--", "label": "prompt's keys and values reused"},
 }
+_MARKERS = "osD^vXP*<>"
 _DPI = 150
 _MOST_LENGTH_TICKS = 6  # so few measured lengths can all be written below the axis
 _LOG_SPAN = 12.0  # past this ratio of the largest to the smallest bar, the small ones vanish on a linear axis
@@ -144,6 +146,59 @@ def learning_figure(points: Sequence[tuple[int, float]], path: Path, *, title: s
     axes.xaxis.set_major_formatter(FuncFormatter(lambda step, _: f"{step:,.0f}"))
     axes.legend(loc="upper right", frameon=False)
     _plain(axes)
+    figure.suptitle(title)
+    _save(figure, path)
+
+
+def kernels_figure(report: RooflineReport, path: Path, *, title: str) -> None:
+    """Write a PNG: time against rows of x, a panel for each layer shape and a line with quartiles for each product."""
+    shapes = list(dict.fromkeys((row.outputs, row.inputs) for row in report.rows))
+    products = list(dict.fromkeys(row.product for row in report.rows))
+    columns = min(3, len(shapes))
+    lines = -(-len(shapes) // columns)
+    figure = Figure(figsize=(max(6.4, 4.2 * columns), 3.4 * lines + 0.9), layout="constrained")
+    panels = figure.subplots(lines, columns, squeeze=False).flatten()
+    for axes, shape in zip(panels, shapes, strict=False):
+        for index, product in enumerate(products):
+            rows = [row for row in report.rows if (row.outputs, row.inputs) == shape and row.product == product]
+            if not rows:
+                continue
+            spreads = [row.time_us for row in rows]
+            below, above = [s.median - s.low for s in spreads], [s.high - s.median for s in spreads]
+            axes.errorbar(
+                [row.rows for row in rows],
+                [s.median for s in spreads],
+                yerr=[below, above],
+                color=_BAR_STYLES[index % len(_BAR_STYLES)][0],
+                marker=_MARKERS[index % len(_MARKERS)],
+                linestyle="-" if product.startswith("ours") else ":",
+                markersize=5,
+                capsize=2,
+                label=product,
+            )
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.set_xticks(sorted({row.rows for row in report.rows}))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda rows, _: f"{rows:g}"))
+        axes.set_xlabel("rows of x")
+        axes.set_ylabel("time (µs)")
+        axes.set_title(str(LayerShape(*shape)), fontsize=10)
+        _plain(axes)
+    for axes in panels[len(shapes) :]:
+        axes.set_visible(False)
+    handles = {
+        label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(
+        list(handles.values()),
+        list(handles),
+        title=f"median and quartiles of {report.rounds} rounds; layers are outputs x inputs",
+        title_fontsize=8,
+        loc="outside lower center",
+        ncols=4,
+        frameon=False,
+        fontsize=8,
+    )
     figure.suptitle(title)
     _save(figure, path)
 

@@ -1,5 +1,9 @@
 """Checkpoints of format ctp in transformers: the same model as its dense twin, packed in memory, with gradients."""
 
+import copy
+import importlib.util
+import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -7,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from ctp_kernels.cpu.build import cpu_features
 from safetensors.torch import load_file, save_file
 from tiny_models import VOCAB_SIZE, tiny_model
 from transformers import AutoModelForCausalLM
@@ -85,6 +90,79 @@ def test_gradients_go_through_packed_weights_without_keeping_dense_ones(tmp_path
         loss.backward()
         gradients.append(embeds.grad)
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-5, atol=1e-7)
+
+
+def stored_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+@pytest.mark.parametrize(
+    "settings",
+    [{"sparsity": "2:4"}, pytest.param({"sparsity": 0.5, "bits": 3, "symmetric": False}, marks=pytest.mark.slow)],
+)
+def test_a_llama_on_interpreted_kernels_is_its_dense_twin(settings: dict[str, Any], tmp_path: Path) -> None:
+    path = compressed("llama_tied_gqa", tmp_path, **settings)
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("interpreted_llama.py")), str(path), str(tmp_path / "again")],
+        capture_output=True, text=True, check=False, env={**os.environ, "TRITON_INTERPRET": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout)
+    assert all(error < 1e-5 for error in found["torch.float32"]), found
+    assert all(error < 1e-3 for error in found["torch.float16"]), found
+    assert found["converted"]
+    assert found["stored parts held"] == 0, "nothing is in memory twice"
+    assert found["restored bytes"]
+    before, after = stored_tensors(path), stored_tensors(tmp_path / "again")
+    assert before.keys() - after.keys() <= {"lm_head.weight"}
+    for name, tensor in after.items():
+        if name.rpartition(".")[2] in ("codes", "mask", "scales", "zeros"):
+            assert torch.equal(tensor, before[name]), name
+
+
+@pytest.mark.skipif("avx2" not in cpu_features(), reason="PyTorch's int4 product is taken on processors with AVX2")
+def test_dense_codes_are_multiplied_as_they_are_packed_and_saved_as_they_were(tmp_path: Path) -> None:
+    path = compressed("llama_tied_gqa", tmp_path, sparsity=None)
+    packed = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).eval()
+    layers = {name: m for name, m in packed.named_modules() if isinstance(m, PackedLinear)}
+    held = {name: sum(tensor.nbytes for tensor in layer.buffers()) for name, layer in layers.items()}
+    dense = load_model(path, dtype=torch.float32)
+    one = ids()[:1, :5]
+    with torch.no_grad():
+        logits, wanted = packed(one).logits.float(), dense(one).logits
+        # bfloat16 everywhere, two blocks one after the other
+        assert (logits - wanted).norm() < 2e-2 * wanted.norm()
+    converted = {name for name, layer in layers.items() if layer.codes is None}
+    assert converted == {name for name, layer in layers.items() if layer.out_features % 64 == 0}
+    for name in converted:
+        grid_bytes = layers[name].scales.nbytes * 2
+        assert sum(tensor.nbytes for tensor in layers[name].buffers()) == held[name] + grid_bytes
+    packed.to("cpu", torch.float32)  # the scales of a model that changes its type belong to its weights, and stay
+    assert all(layer.codes is not None and layer.scales.dtype == torch.float16 for layer in layers.values())
+    with torch.no_grad():
+        # embeddings and norms stay rounded to bfloat16
+        assert (packed(one).logits - wanted).norm() < 1e-2 * wanted.norm()
+        packed.to(torch.bfloat16)(one)
+    assert layers[next(iter(converted))].codes is None
+    twin = copy.deepcopy(packed)
+    other = {name: tensor.clone() for name, tensor in packed.state_dict().items()}
+    name = next(name for name in other if name.endswith("up_proj.codes"))
+    other[name] = 255 - other[name]
+    with torch.no_grad():
+        changed = packed(one).logits  # in PyTorch's form again
+        assert torch.equal(twin(one).logits, changed)
+        packed.load_state_dict(other, assign=True)
+        assert not torch.equal(packed(one).logits, changed)
+        assert torch.equal(twin(one).logits, changed), "a copy has weights of its own"
+    packed = twin
+    packed.save_pretrained(tmp_path / "again")
+    before, after = stored_tensors(path), stored_tensors(tmp_path / "again")
+    assert all(
+        torch.equal(after[f"{name}.{part}"], before[f"{name}.{part}"])
+        for name in layers
+        for part in ("codes", "scales")
+    )
 
 
 def test_a_layer_whose_parts_lie_is_named(tmp_path: Path) -> None:

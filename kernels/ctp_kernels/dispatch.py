@@ -1,0 +1,371 @@
+"""Products with packed layers, each by the best way there is for it: y = x W^T, differentiable with respect to x.
+
+    weight = prepare(parts)                # tensors of format ctp, on the CPU or a GPU
+    y = matmul(x, weight)
+    explain(parts, device="cuda", dtype=torch.float16, rows=1)    # which way, and why none of the others
+
+Ways:
+
+- triton: the kernels of `ctp_kernels.triton`, on GPUs;
+- triton dense: for thousands of rows of x, weights made dense by a kernel and multiplied by PyTorch's product;
+- int4: PyTorch's product with 4-bit weights on the CPU, for few rows of bfloat16;
+- dense: weights made dense for each product (`ctp_kernels.unpack`), anywhere.
+
+A layer is held once: as it is stored, or, from its first product on, as that way wants it. `Weight.stored` gives back
+the stored form to the last bit, so the two never take memory at the same time.
+
+M=rows (batch x tokens) N=outputs K=inputs G=groups
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ctp_kernels.arithmetic import wide
+from ctp_kernels.cpu.build import cpu_features
+from ctp_kernels.ragged import pack_bits, pack_kept, row_starts, unpack_bits
+from ctp_kernels.reference import PackedParts
+from ctp_kernels.triton import layouts, ops
+from ctp_kernels.unpack import dense_rows
+
+TRITON, TRITON_DENSE, INT4, DENSE = "triton", "triton dense", "int4", "dense"
+WAYS = (TRITON, TRITON_DENSE, INT4, DENSE)
+"""In the order in which they are asked for."""
+_WHY = {
+    TRITON: "weights are multiplied as they are packed",
+    TRITON_DENSE: "with this many rows, making weights dense once is little work beside the product",
+    INT4: "PyTorch multiplies with 4-bit codes, and nothing is made dense",
+    DENSE: "weights are made dense for each product, which works anywhere",
+}
+_MANY_ROWS = 2048
+"""From here on tiles of packed weights would be decoded by too many programs. Not measured yet."""
+_FEW_ROWS = 16
+"""Up to here PyTorch's int4 product, whose time grows with the rows, was over four times as fast as dense weights on a
+processor with AVX2. They met near 64 rows there; where products are faster they meet earlier."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The way a product takes, and for each other way why not. `str` of it is one line for each."""
+
+    way: str
+    others: dict[str, str]
+
+    def __str__(self) -> str:
+        lines = [f"{self.way}: {_WHY[self.way]}", *(f"not {way}: {why}" for way, why in self.others.items())]
+        return "\n".join(lines)
+
+
+def explain(parts: PackedParts, *, device: torch.device | str, dtype: torch.dtype, rows: int) -> Choice:
+    """Which way y = x W^T takes for `rows` rows of x in `dtype` on `device`, and why.
+
+    Shapes and types of `parts` are what counts: they may be on the meta device. A GPU that is not there is taken for
+    one that the kernels support.
+    """
+    return _choose(parts, torch.device(device), dtype, rows, {})
+
+
+def prepare(parts: PackedParts) -> "Weight":
+    """A layer ready for `matmul`. Its tensors are taken over, not copied; nothing is converted before it is needed.
+
+    Shapes, dtypes: as `reference.PackedParts` has them, all tensors on one device.
+    Raises: ValueError if the parts do not go together.
+    """
+    return Weight(parts)
+
+
+def matmul(x: Tensor, weight: "Weight") -> Tensor:
+    """y = x W^T, differentiable with respect to x.
+
+    Shapes: x (..., K), any float dtype, on the weight's device; returns (..., N) in x's dtype.
+    Errors against float64, relative: 1e-6 for float32, 1e-3 for float16, 3e-3 for bfloat16.
+    Raises: ValueError for another width or device, or integers.
+    """
+    if x.shape[-1] != weight.inputs or not x.is_floating_point():
+        raise ValueError(f"{tuple(x.shape)} {x.dtype}: no floating-point rows of the layer's {weight.inputs} inputs")
+    if x.device != weight.device:
+        raise ValueError(f"activations on {x.device}, weights on {weight.device}")
+    y: Tensor = _Product.apply(x, weight)
+    return y
+
+
+class Weight:
+    """A packed layer, held as it is stored or as the way of its last product wants it. Made by `prepare`."""
+
+    def __init__(self, parts: PackedParts) -> None:
+        self._parts: PackedParts | None = parts
+        self._own: layouts.PackedWeight | _Int4 | None = None
+        self._g_idx = parts.g_idx
+        self._ways: dict[tuple[torch.dtype, int], str] = {}
+        self._refused: dict[str, str] = {}
+        self._starts_N = _checked_starts(parts)
+        self._about = _moved(parts, torch.device("meta"))
+        self.outputs, self.inputs, self.device = parts.outputs, self._about.inputs, parts.codes.device
+        if parts.g_idx is not None and (refusal := _unequal_groups(parts)):
+            self._refused = {TRITON: refusal, TRITON_DENSE: refusal}
+
+    def explain(self, dtype: torch.dtype, rows: int) -> Choice:
+        """As the function of that name, for this layer where it is."""
+        return _choose(self._about, self.device, dtype, rows, self._refused)
+
+    @property
+    def form(self) -> object | None:
+        """The form of its own in which a way holds the layer, None while it is as stored."""
+        return self._own
+
+    def stored(self) -> PackedParts:
+        """The parts that `prepare` was given, rebuilt if a way holds them in a form of its own."""
+        if self._parts is not None:
+            return self._parts
+        assert self._own is not None
+        return self._own.stored() if isinstance(self._own, _Int4) else _stored(self._own, self._about, self._g_idx)
+
+    def restore(self) -> PackedParts:
+        """`stored`, and hold the layer that way again until its next product."""
+        self._parts, self._own = self.stored(), None
+        return self._parts
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What the layer takes in memory, but for row starts; "own_NAME" for what only a way's own form has."""
+        if self._parts is not None:
+            return _tensors(self._parts)
+        assert self._own is not None
+        own = {f"own_{name}": tensor for name, tensor in self._own.tensors().items()}
+        if isinstance(self._own, _Int4):
+            return own | {name: x for name, x in _tensors(self._own.rest).items() if name != "codes"}
+        return own if self._g_idx is None else own | {"g_idx": self._g_idx}
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """The weights (N, K) in `dtype`, rounded once from float32 products."""
+        if isinstance(self._own, layouts.PackedWeight) and dtype in ops.DTYPES:
+            return ops.dequantize(self._own, dtype=dtype)
+        parts = self.stored()
+        zeros_NG = parts.zeros
+        if zeros_NG is None:
+            zeros_NG = torch.full_like(parts.scales, 2 ** (parts.bits - 1))
+        return dense_rows(
+            parts.codes, parts.mask, self._starts_N, parts.scales, zeros_NG,
+            bits=parts.bits, dtype=dtype, g_idx_I=parts.g_idx,
+        )  # fmt: skip
+
+    def form_for(self, dtype: torch.dtype, rows: int) -> "layouts.PackedWeight | _Int4 | None":
+        """The form that the chosen way wants, made if need be; None for dense weights."""
+        bounds = (0, _FEW_ROWS, _MANY_ROWS)
+        kind = (dtype, sum(rows > bound for bound in bounds))
+        way = self._ways.get(kind)
+        if way is None:
+            way = self._ways[kind] = self.explain(dtype, rows).way
+        if way == DENSE:
+            return None
+        wanted = _Int4 if way == INT4 else layouts.PackedWeight
+        if not isinstance(self._own, wanted):
+            try:
+                made = _Int4.of(self.restore()) if way == INT4 else layouts.from_parts(self.restore())
+            except ValueError as refusal:  # what shapes alone do not show
+                self._refused |= dict.fromkeys((INT4,) if way == INT4 else (TRITON, TRITON_DENSE), str(refusal))
+                self._ways.clear()
+                return self.form_for(dtype, rows)
+            self._own, self._parts = made, None
+        return self._own
+
+
+class _Product(torch.autograd.Function):
+    """Keeps no dense weights for the backward pass, which takes its own way."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Weight) -> Tensor:
+        ctx.weight = weight
+        x_MK = x.reshape(-1, weight.inputs)
+        form = weight.form_for(x.dtype, len(x_MK))
+        if isinstance(form, layouts.PackedWeight) and len(x_MK) <= _MANY_ROWS:
+            y_MN = ops.matmul(x_MK, form)
+        elif isinstance(form, _Int4):
+            y_MN = form.matmul(x_MK)
+        else:
+            y_MN = functional.linear(wide(x_MK), weight.dense(wide(x_MK).dtype)).to(x.dtype)
+        return y_MN.view(*x.shape[:-1], weight.outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, None]:
+        weight: Weight = ctx.weight
+        gy_MN = outer[0].reshape(-1, weight.outputs)
+        by_kernels = weight.device.type != "cpu" or ops.interpreted()
+        form = weight.form_for(gy_MN.dtype, len(gy_MN)) if by_kernels else None
+        if isinstance(form, layouts.PackedWeight) and len(gy_MN) <= _MANY_ROWS:
+            gx_MK = ops.input_gradient(gy_MN, form)
+        else:
+            gx_MK = (wide(gy_MN) @ weight.dense(wide(gy_MN).dtype)).to(gy_MN.dtype)
+        return gx_MK.view(*outer[0].shape[:-1], weight.inputs), None
+
+
+@dataclass(frozen=True)
+class _Int4:
+    """A dense layer of 4-bit codes as PyTorch's product wants it.
+
+    packed (N, K / 2) uint8, in an order that depends on the processor: blocks of `width` outputs, whose two halves, or
+    whose neighbours, share bytes. scales_and_shifts_GN2 bfloat16: w = (code - 8) * scale + shift. rest: the stored
+    parts; their codes are on the meta device.
+    """
+
+    packed: Tensor
+    scales_and_shifts_GN2: Tensor
+    width: int
+    neighbours: bool
+    rest: PackedParts
+
+    @classmethod
+    def of(cls, parts: PackedParts) -> "_Int4":
+        """Raises: ValueError if this processor's order is not known, in which codes could not be given back."""
+        codes_NB = parts.codes.view(parts.outputs, -1)
+        codes_NK = torch.stack([codes_NB & 15, codes_NB >> 4], 2).flatten(1).int()
+        packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes_NK, 1)
+        scales_NG = parts.scales.float()
+        shifts_NG = torch.zeros_like(scales_NG) if parts.zeros is None else (8 - parts.zeros.float()) * scales_NG
+        grid_GN2 = torch.stack([scales_NG.T, shifts_NG.T], 2).bfloat16().contiguous()
+        rest = replace(parts, codes=parts.codes.to("meta"))
+        for width, neighbours in ((64, False), (32, False), (32, True)):
+            made = cls(packed, grid_GN2, width, neighbours, rest)
+            if torch.equal(made.codes(), codes_NB):
+                return made
+        raise ValueError("the order in which PyTorch packs codes is not known on this processor")
+
+    def codes(self) -> Tensor:
+        """(N, K / 2) uint8 as they are stored."""
+        outputs, per_row = self.packed.shape
+        blocks = self.packed.view(outputs // self.width, per_row * 2, self.width // 2)
+        halves = [(x[:, 0::2] | x[:, 1::2] << 4).transpose(1, 2) for x in (blocks & 15, blocks >> 4)]
+        joined = torch.stack(halves, 2) if self.neighbours else torch.cat(halves, 1)
+        return joined.reshape(outputs, per_row)
+
+    def stored(self) -> PackedParts:
+        return replace(self.rest, codes=self.codes().view(self.rest.codes.shape))
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"packed": self.packed, "grid": self.scales_and_shifts_GN2}
+
+    def matmul(self, x_MK: Tensor) -> Tensor:
+        group_size = self.packed.shape[1] * 2 // self.scales_and_shifts_GN2.shape[0]
+        y_MN: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(
+            x_MK.contiguous(), self.packed, group_size, self.scales_and_shifts_GN2
+        )
+        return y_MN
+
+
+def _choose(parts: PackedParts, device: torch.device, dtype: torch.dtype, rows: int, refused: dict[str, str]) -> Choice:
+    kernels = _against_triton(parts, device, dtype)
+    obstacles = {
+        TRITON: kernels or (f"more than {_MANY_ROWS} rows" if rows > _MANY_ROWS else ""),
+        TRITON_DENSE: kernels or (f"no more than {_MANY_ROWS} rows" if rows <= _MANY_ROWS else ""),
+        INT4: _against_int4(parts, device, dtype, rows),
+        DENSE: "",
+    }
+    obstacles |= {way: obstacles[way] or why for way, why in refused.items()}
+    chosen = next(way for way in WAYS if not obstacles[way])
+    return Choice(chosen, {way: obstacles[way] or f"{chosen} comes first" for way in WAYS if way != chosen})
+
+
+def _against_triton(parts: PackedParts, device: torch.device, dtype: torch.dtype) -> str:
+    """Why the kernels cannot take this product; empty if they can."""
+    groups, inputs = parts.scales.shape[1], parts.inputs
+    if device.type != "cuda" and not ops.interpreted():
+        return f"needs a GPU, and this is {device.type}"
+    if not ops.available():
+        return "triton is not installed: pip install 'ctp[gpu]'"
+    if device.type == "cuda" and torch.cuda.is_available() and not torch.version.hip:
+        major, minor = torch.cuda.get_device_capability(device)
+        if major < 8:
+            return f"needs compute capability 8.0, this GPU has {major}.{minor}"
+    if dtype not in ops.DTYPES:
+        return f"does not take {dtype}"
+    if ops.interpreted() and dtype == torch.bfloat16:
+        return "triton's interpreter gets bfloat16 wrong"
+    if groups > 1 and inputs // groups % 16:
+        return f"groups of {inputs // groups} inputs are no multiple of 16"
+    if parts.g_idx is not None and not parts.g_idx.is_meta:
+        return _unequal_groups(parts)
+    return ""
+
+
+def _against_int4(parts: PackedParts, device: torch.device, dtype: torch.dtype, rows: int) -> str:
+    """Why PyTorch's int4 product cannot take this one, or should not; empty if it is the one to take."""
+    group_size = parts.inputs // parts.scales.shape[1]
+    if device.type != "cpu":
+        return f"for the CPU, and this is {device.type}"
+    if parts.bits != 4 or parts.mask is not None:
+        return f"takes 4 bits without a mask, not {parts.bits} bits{'' if parts.mask is None else ' with a mask'}"
+    if parts.g_idx is not None or group_size not in (32, 64, 128, 256):
+        return "takes groups that are runs of 32, 64, 128 or 256 inputs"
+    if parts.outputs % 64:
+        return f"takes outputs in blocks of 64, not {parts.outputs}"
+    if dtype != torch.bfloat16:
+        return f"is fast with bfloat16, and many times slower with {dtype}"
+    if not 1 <= rows <= _FEW_ROWS:
+        return f"is faster up to {_FEW_ROWS} rows, not with {rows}"
+    if "avx2" not in cpu_features():
+        return "this processor has no AVX2, without which it is slow"
+    return ""
+
+
+def _unequal_groups(parts: PackedParts) -> str:
+    assert parts.g_idx is not None
+    groups = parts.scales.shape[1]
+    equal = bool((parts.g_idx.long().bincount(minlength=groups) * groups == parts.inputs).all())
+    return "" if equal else "needs groups of as many inputs each"
+
+
+def _checked_starts(parts: PackedParts) -> Tensor:
+    """(N + 1,) int64: the byte at which each output's codes begin. Raises ValueError if the parts do not fit."""
+    wrong = ValueError("codes, mask, scales and zeros of this layer do not go together")
+    if parts.scales.dim() != 2 or not parts.scales.numel() or parts.codes.dtype != torch.uint8:
+        raise wrong
+    outputs, groups = parts.scales.shape
+    if parts.mask is None:
+        per_row = parts.codes.numel() // outputs
+        starts_N = torch.arange(outputs + 1, device=parts.codes.device) * per_row
+    elif parts.mask.dim() == 2 and len(parts.mask) == outputs:
+        starts_N = row_starts(unpack_bits(parts.mask), parts.bits)
+    else:
+        raise wrong
+    fits = (
+        int(starts_N[-1]) == parts.codes.numel()
+        and parts.inputs > 0
+        and parts.inputs % groups == 0
+        and (parts.zeros is None or parts.zeros.shape == parts.scales.shape)
+        and (parts.g_idx is None or _in_groups(parts.g_idx, parts.inputs, groups))
+    )
+    if not fits:
+        raise wrong
+    return starts_N
+
+
+def _in_groups(g_idx_K: Tensor, inputs: int, groups: int) -> bool:
+    return g_idx_K.shape == (inputs,) and 0 <= int(g_idx_K.min()) <= int(g_idx_K.max()) < groups
+
+
+def _stored(own: layouts.PackedWeight, about: PackedParts, g_idx_K: Tensor | None) -> PackedParts:
+    """The inverse of `layouts.from_parts`; `about` has the shapes of what is stored."""
+    codes_NK, keep_NK = layouts.unpack(own)
+    outputs, groups = about.scales.shape
+    grid = [None if x is None else x.T[:outputs, :groups].contiguous() for x in (own.scales_GN, own.zeros_GN)]
+    assert grid[0] is not None
+    return PackedParts(
+        codes=pack_kept(codes_NK, keep_NK, own.bits).view(about.codes.shape),
+        scales=grid[0],
+        bits=own.bits,
+        mask=None if about.mask is None else pack_bits(keep_NK),
+        zeros=grid[1],
+        g_idx=g_idx_K,
+    )
+
+
+def _tensors(parts: PackedParts) -> dict[str, Tensor]:
+    names = ("codes", "mask", "scales", "zeros", "g_idx")
+    return {name: tensor for name in names if (tensor := getattr(parts, name)) is not None}
+
+
+def _moved(parts: PackedParts, device: torch.device) -> PackedParts:
+    moved: dict[str, Any] = {name: tensor.to(device) for name, tensor in _tensors(parts).items()}
+    return replace(parts, **moved)

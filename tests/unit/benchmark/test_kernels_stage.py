@@ -1,0 +1,136 @@
+"""`ctp bench --kernels`, as a user types it, on the layers of small models."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from ctp_kernels import onnx_product, rooflines
+from ctp_kernels.dispatch import explain
+from ctp_kernels.rooflines import KINDS, LayerShape
+from tiny_models import tiny_model
+from typer.testing import CliRunner
+
+from ctp_cli import artifact
+from ctp_cli.app import app
+from ctp_cli.benchmark.kernels import choice_lines
+from ctp_cli.errors import InputError
+from ctp_cli.progress import SILENT
+from ctp_cli.stages import kernels as stage
+
+LLAMA_LAYERS = {"64 x 64", "32 x 64", "128 x 64", "64 x 128"}
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(rooflines, "cache_bytes", lambda device: 20_000)
+    monkeypatch.setattr(rooflines, "_COPIED_BYTES", 1 << 16)
+    monkeypatch.setattr(rooflines, "_SAMPLE_S", 0.0)
+    monkeypatch.setattr(onnx_product, "available", lambda: False)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_model("llama_tied_gqa", tmp_path_factory.mktemp("models") / "tiny")
+
+
+def test_an_artifact_with_times_figure_and_manifest(llama: Path) -> None:
+    done = CliRunner().invoke(app, ["bench", str(llama), "--kernels", "--rounds", "2", "--device", "cpu"])
+    assert done.exit_code == 0, done.output
+    assert done.stdout.splitlines()[-1] == "tiny-kernels/kernels.png"
+    assert Path("tiny-kernels/kernels.png").read_bytes().startswith(b"\x89PNG")
+    written = json.loads(Path("tiny-kernels/kernels.json").read_text())
+    assert {f"{row['outputs']} x {row['inputs']}" for row in written["rows"]} == LLAMA_LAYERS
+    assert {row["rows"] for row in written["rows"]} == set(rooflines.BATCHES)
+    assert len(written["rows"]) == 4 * (4 * 7 + 1)  # torch.mv is for one row
+    assert len(written["prediction, not measured"]) == 4 * 5
+    manifest = artifact.manifest_of(Path("tiny-kernels"), kind="kernel-benchmark")
+    assert manifest["recipe"]["bench"]["rounds"] == 2
+    assert manifest["inputs"]["model"]["config_sha256"] == artifact.file_fingerprint(llama / "config.json")
+    assert "prediction for GPUs, not measured" in done.stdout
+    assert "A prediction, nothing was measured" in " ".join(done.stdout.split())
+    again = CliRunner().invoke(app, ["bench", str(llama), "--kernels"])
+    assert again.exit_code == 2
+    assert "exists" in again.stderr
+
+
+def test_json_is_one_document(llama: Path) -> None:
+    done = CliRunner().invoke(app, ["bench", str(llama), "--kernels", "--rounds", "1", "--json", "--device", "cpu"])
+    document = json.loads(done.stdout)
+    assert (document["schema_version"], document["kind"], document["model"]) == (1, "kernel-bench", "tiny")
+    assert document["rows"][0]["time_us"].keys() == {"low", "median", "high"}
+
+
+def test_explained_choices_are_those_of_dispatch(llama: Path) -> None:
+    done = CliRunner().invoke(app, ["bench", str(llama), "--kernels", "--explain", "--json", "--device", "cpu"])
+    choices = json.loads(done.stdout)["choices"]
+    assert {(c["weights"], c["rows"], c["layer"]) for c in choices} == {
+        (kind, rows, layer) for kind in KINDS for rows in rooflines.BATCHES for layer in LLAMA_LAYERS
+    }
+    for choice in choices:
+        shape = LayerShape(*map(int, choice["layer"].split(" x ")))
+        parts = rooflines.random_layer(shape, choice["weights"], torch.Generator())
+        wanted = explain(parts, device="cpu", dtype=torch.bfloat16, rows=choice["rows"])
+        assert (choice["way"], choice["others"]) == (wanted.way, wanted.others)
+    words = CliRunner().invoke(app, ["bench", str(llama), "--kernels", "--explain", "--device", "cpu"]).stdout
+    assert "\n    dense: weights are made dense for each product" in words
+    assert "\n    not int4: takes 4 bits without a mask, not 4 bits with a mask" in words
+    assert not list(Path.cwd().iterdir()), "nothing is measured, nothing written"
+
+
+def test_choices_that_differ_are_not_merged() -> None:
+    one, other = (explain(rooflines.described(LayerShape(64, 64), k), device="cpu", dtype=torch.float32, rows=1)
+                  for k in ("dense", "2:4"))  # fmt: skip
+    choices = {("dense", m, layer): one for m in (1, 4) for layer in ("a", "b")}
+    choices |= {("2:4", m, "a"): other for m in (1, 4)} | {("8:16", m, "a"): other for m in (1, 4)}
+    heads = [line for line in choice_lines(choices) if not line.startswith(" ")]
+    assert heads == ["dense; rows: 1, 4; all layers", "2:4, 8:16; rows: 1, 4; a"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_tuning_without_a_gpu_is_refused_and_leaves_nothing(llama: Path) -> None:
+    done = CliRunner().invoke(app, ["bench", str(llama), "--kernels", "--tune"])
+    assert done.exit_code == 2
+    assert "--tune needs a GPU" in done.stderr
+    assert not list(Path.cwd().iterdir())
+
+
+def test_tuning_takes_every_layer_in_every_form(monkeypatch: pytest.MonkeyPatch) -> None:
+    tuned: list[tuple[str, int, int]] = []
+
+    def record(weight, *, batches):  # type: ignore[no-untyped-def]
+        assert batches == rooflines.BATCHES
+        tuned.append((weight.layout, weight.outputs, weight.inputs))
+        return Path("gpu.json")
+
+    monkeypatch.setattr(stage, "tune", record)
+    stage._tune([LayerShape(64, 64), LayerShape(32, 64)], "cpu", torch.Generator(), SILENT)
+    assert tuned == [(kind, outputs, 64) for outputs in (64, 32) for kind in KINDS]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--tune"], "--tune: only with --kernels"),
+        (["--explain"], "--explain: only with --kernels"),
+        (["--kernels", "--prompt-len", "3"], "--prompt-len: not with --kernels"),
+        (["--kernels", "--max-latency-ms", "3"], "--max-latency-ms: not with --kernels"),
+    ],
+)
+def test_options_that_do_not_go_together(options: list[str], said: str) -> None:
+    done = CliRunner().invoke(app, ["bench", *options])
+    assert done.exit_code == 2
+    assert said in done.stderr
+
+
+def test_shapes_are_those_of_the_model_whatever_way_it_stores_them(tmp_path: Path) -> None:
+    gpt2 = tiny_model("gpt2", tmp_path / "gpt2")
+    shapes = stage.layer_shapes(gpt2)
+    assert set(shapes) == {LayerShape(192, 64), LayerShape(64, 64), LayerShape(256, 64), LayerShape(64, 256)}
+    assert len(shapes) == 4
+    assert stage.layer_shapes(None) == rooflines.SHAPES
+    config = json.loads((gpt2 / "config.json").read_text())
+    (gpt2 / "config.json").write_text(json.dumps({**config, "n_embd": 40}))
+    with pytest.raises(InputError, match="120 x 40"):
+        stage.layer_shapes(gpt2)
