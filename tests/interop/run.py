@@ -2,6 +2,7 @@
 
     .venv/bin/python tests/interop/run.py              # everything; the first time builds the environments
     .venv/bin/python tests/interop/run.py --only w3    # the checkpoints whose name contains w3
+    .venv/bin/python tests/interop/run.py --format gptq     # one format, and only the environment of its readers
 
 Run from ctp's own environment. stdout carries the table, stderr the progress; exit code 1 on failure.
 """
@@ -13,6 +14,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -126,13 +128,13 @@ def embedded_model() -> Path | None:
         return None
 
 
-def compress(case: Case, model: Path, text: Path, folder: Path) -> dict[str, Path]:
+def compress(case: Case, model: Path, text: Path, folder: Path, forms: Iterable[str]) -> dict[str, Path]:
     """The checkpoint in every format: runs of ctp that differ in --format only."""
     made = {}
     # the scales of a bfloat16 model are others in compressed-tensors, and so are its weights: no twin; and it has no
     # scattered groups any more
     left_out = {"compressed-tensors"} if case.embedded or case.act_order == "column" else set()
-    for form in ("dense", *(form for form in ENVIRONMENTS if form not in left_out)):
+    for form in ("dense", *(form for form in forms if form not in left_out)):
         made[form] = folder / f"{case.name}-{form}"
         command = [str(CTP), "compress", str(model), *case.options(), "--format", form]
         _output([*command, "--calibration", str(text), "--force", "-o", str(made[form])])
@@ -183,9 +185,9 @@ def print_table(results: dict[str, list[dict[str, Any]]]) -> None:
                 print(f"FAILED {name}: {reading['reader']}: {reading['error'] or json.dumps(reading)}")
 
 
-def run(only: str, folder: Path) -> int:
+def run(only: str, forms: Iterable[str], folder: Path) -> int:
     """Make, read and tabulate. Returns the exit code."""
-    pythons = {form: environment_python(environment) for form, environment in ENVIRONMENTS.items()}
+    pythons = {form: environment_python(ENVIRONMENTS[form]) for form in forms}
     text, small = folder / "calibration.txt", folder / "random-model"
     write_text(text)
     write_random_model(small, text)
@@ -198,7 +200,7 @@ def run(only: str, folder: Path) -> int:
             continue
         print(case.name, file=sys.stderr, flush=True)
         try:
-            results[case.name] = read(pythons, compress(case, model, text, folder))
+            results[case.name] = read(pythons, compress(case, model, text, folder, pythons))
         except RunError as error:
             print(f"FAILED {case.name}: {error}", file=sys.stderr)
             broken += 1
@@ -213,13 +215,14 @@ def main() -> int:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", help="only checkpoints whose name contains this")
+    parser.add_argument("--format", choices=ENVIRONMENTS, help="only this one (default: all)")
     parser.add_argument("--keep", type=Path, help="folder for the checkpoints (default: one that is removed)")
     arguments = parser.parse_args()
     try:
         with tempfile.TemporaryDirectory(prefix="ctp-interop-") as scratch:
             folder = arguments.keep or Path(scratch)
             folder.mkdir(parents=True, exist_ok=True)
-            return run(arguments.only, folder)
+            return run(arguments.only, [arguments.format] if arguments.format else list(ENVIRONMENTS), folder)
     except BuildError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
