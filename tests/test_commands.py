@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -61,6 +62,8 @@ def test_the_five_commands_one_after_the_other(trained: Path, place: Path) -> No
     stitched = Path(ctp("stitch", prompt, "small-s50-w4").stdout.splitlines()[-1])
     scoring = ("--ppl", "pydoc:test", "--seqlen", 128, "--windows", 6, "--json")
     shown = ctp("eval", "small-s50-w4", "--prompt", prompt, *scoring)
+    shutil.copy(prompt, "copied.safetensors")  # no folder to be named after
+    assert "small-s50-w4 + copied" in ctp("eval", "small-s50-w4", "--prompt", "copied.safetensors", *scoring).stdout
     document = json.loads(shown.stdout)
     assert document["kind"] == "eval" and document["schema_version"] == 1
     by_prompt = document["scores"][1]["perplexity"]

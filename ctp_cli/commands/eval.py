@@ -69,7 +69,7 @@ def evaluate(
         resolved = resolve_model(name, progress)
         targets.append(stage.Target(_unused(resolved.name, targets), resolved))
         for path in prompt or []:
-            label = f"{resolved.name} + {path.parent.name if path.suffix else path.name}"
+            label = f"{resolved.name} + {path.parent.name or path.stem if path.suffix else path.name}"
             targets.append(stage.Target(_unused(label, targets), resolved, path))
     report = stage.evaluate(
         section, targets=targets, output=output, device=resolve_device(device), force=force, progress=progress
