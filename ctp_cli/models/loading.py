@@ -67,15 +67,24 @@ def load_model(path: Path, *, dtype: torch.dtype | None = None, device: str = "c
     config = load_config(path)
     form = packed_format(config, path)
     check_weight_files(path)
+    with unusable_weights_are_said(path), quiet_transformers():
+        if form is None:
+            factory: Any = AutoModelForCausalLM
+            model, info = factory.from_pretrained(
+                path, dtype=dtype or "auto", trust_remote_code=False, output_loading_info=True
+            )
+        else:
+            model, info = _load_packed(path, config, form, dtype)
+    refuse_missing(path, info["missing_keys"])
+    frozen: PreTrainedModel = model.to(device).eval().requires_grad_(False)
+    return frozen
+
+
+@contextlib.contextmanager
+def unusable_weights_are_said(path: Path) -> Iterator[None]:
+    """What transformers raises over a checkpoint's weights becomes an InputError."""
     try:
-        with quiet_transformers():
-            if form is None:
-                factory: Any = AutoModelForCausalLM
-                model, info = factory.from_pretrained(
-                    path, dtype=dtype or "auto", trust_remote_code=False, output_loading_info=True
-                )
-            else:
-                model, info = _load_packed(path, config, form, dtype)
+        yield
     except LOAD_FAILURES as error:
         if is_out_of_memory(error):
             raise
@@ -83,9 +92,6 @@ def load_model(path: Path, *, dtype: torch.dtype | None = None, device: str = "c
             f"{path}: the weights cannot be loaded ({first_line(error)})",
             hint="download or compress the model again",
         ) from None
-    refuse_missing(path, info["missing_keys"])
-    frozen: PreTrainedModel = model.to(device).eval().requires_grad_(False)
-    return frozen
 
 
 def packed_format(config: Any, path: Path) -> LayerFormat | None:

@@ -10,18 +10,17 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
-from ctp_cli.errors import InputError, UnsupportedModelError, is_out_of_memory
+from ctp_cli.errors import UnsupportedModelError
 from ctp_cli.models.blocks import Block, find_blocks
 from ctp_cli.models.loading import (
-    LOAD_FAILURES,
     check_weight_files,
     damaged,
     dense_skeleton,
-    first_line,
     load_config,
     load_model,
     quiet_transformers,
     refuse_missing,
+    unusable_weights_are_said,
     weight_files,
 )
 
@@ -119,7 +118,7 @@ def stream_model(path: Path, *, device: str = "cpu") -> BlockStream:
     check_weight_files(path)
     stored = list(_stored_tensors(path))
     state: dict[str, Any] = {}
-    try:
+    with unusable_weights_are_said(path):
         skeleton, _ = dense_skeleton(config)
         # whatever lies in a list, as decoder blocks do, is promised; of the rest, tied weights have to be compared
         for number, one in enumerate(stored, 1):
@@ -134,13 +133,6 @@ def stream_model(path: Path, *, device: str = "cpu") -> BlockStream:
         if network.can_generate():
             network.generation_config = _generation_config(path)
         return BlockStream(network.eval().requires_grad_(False), stored, device)
-    except LOAD_FAILURES as error:
-        if is_out_of_memory(error):
-            raise
-        raise InputError(
-            f"{path}: the weights cannot be loaded ({first_line(error)})",
-            hint="download or compress the model again",
-        ) from None
 
 
 def _stored_tensors(path: Path) -> Iterator[_Stored]:
