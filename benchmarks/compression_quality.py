@@ -1,15 +1,17 @@
 """Perplexity after compression: one pass and tuned, beside the published SparseGPT/GPTQ code where that was measured.
 
     python benchmarks/compression_quality.py DATA_FOLDER [--only "50%,4 bit"] [--how "one pass,tuned"]
-        [--tune-windows 32] [--model FOLDER] [--windows 64] [--options "--refit 8"]
+        [--tune-windows 32] [--model FOLDER] [--windows 64] [--options "--rounds 6"] [--orders 3]
 
 DATA_FOLDER holds c4.train.jsonl, wikitext2.test.txt and ptb.test.txt. Protocol: the embedded SmolLM2-135M, or another
 model, in bfloat16; calibration on the first windows of 1024 tokens, tuning on those after them; evaluation on at most
 48 windows of 1024, no BOS. Excess: what a model loses against the full one, nats per token, averaged over both texts.
 The reference figures were measured with the published code on the embedded model and are only quoted here.
+With --orders N each setting runs N times, the calibration windows in N orders: what differs then is rounding alone.
 """
 
 import argparse
+import itertools
 import math
 import shlex
 import subprocess
@@ -47,6 +49,21 @@ REFERENCE = {
 PLAIN = ["--pruner", "sparsegpt", "--refine", "0", "--act-order", "none", "--no-mse-clip", "--asymmetric"]
 """What the published code does; its quantizing drivers, unlike its pruning one, also take layers in turn."""
 
+SHUFFLED = """
+import sys, torch
+from ctp_cli import app
+from ctp_cli.stages import compress
+in_order, seed = compress._windows, int(sys.argv.pop(1))
+def shuffled(section, *others):
+    ids_NT = in_order(section, *others)
+    count = min(section.windows, len(ids_NT))
+    ids_NT[:count] = ids_NT[torch.randperm(count, generator=torch.Generator().manual_seed(seed))]
+    return ids_NT
+compress._windows = shuffled
+app.main()
+"""
+"""`ctp`, with the calibration windows in the order that its first argument seeds."""
+
 
 def options(setting: str, how: str, tune_windows: int) -> list[str]:
     if how == "reference settings":
@@ -64,6 +81,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=64)
     parser.add_argument("--tune-windows", type=int, default=32)
     parser.add_argument("--options", default="", help="further options of `ctp compress`")
+    parser.add_argument("--orders", type=int, default=1, help="of the calibration windows; the first is the text's")
     given = parser.parse_args()
     texts = {"wikitext2": "wikitext2.test.txt", "ptb": "ptb.test.txt:lines"}
     section = EvalSection(ppl=tuple(f"{name}={given.data / file}" for name, file in texts.items()), windows=48)
@@ -80,8 +98,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         path = str(Path(scratch) / "model")
         for setting in given.only.split(","):
-            for how in given.how.split(","):
-                command = [sys.executable, "-m", "ctp_cli", "compress", given.model, "-q", "--force", "-o", path]
+            for how, order in itertools.product(given.how.split(","), range(given.orders)):
+                ctp = [sys.executable, "-c", SHUFFLED, str(order)] if order else [sys.executable, "-m", "ctp_cli"]
+                command = [*ctp, "compress", given.model, "-q", "--force", "-o", path]
                 command += ["--calibration", str(given.data / "c4.train.jsonl"), "--windows", str(given.windows)]
                 command += [*options(setting, how, given.tune_windows), *shlex.split(given.options)]
                 started = time.monotonic()
@@ -89,7 +108,8 @@ def main() -> None:
                 seconds = time.monotonic() - started
                 found = measured(path)
                 known = REFERENCE.get(setting) if given.model == NAME else None
-                cells = [setting, f"{how} {given.options}".strip(), f"{seconds:.0f}"]
+                label = [how, given.options, f"order {order + 1}" if given.orders > 1 else ""]
+                cells = [setting, " ".join(filter(None, label)), f"{seconds:.0f}"]
                 for (value, error), theirs in zip(found, known or (0, 0), strict=True):
                     cells.append(f"{value:.2f} ± {error:.2f}" + (f" ({value / theirs - 1:+.1%})" if theirs else ""))
                 excess = sum(math.log(value / base) for (value, _), (base, _) in zip(found, full, strict=True)) / 2

@@ -124,7 +124,7 @@ class CompressSection(Section):
     unfinished output's folder, and a block is run again for each set of its layers: slower, with the same result.
     None: no limit."""
     format: Literal["auto", "dense", "gptq", "compressed-tensors", "ctp"] = "auto"
-    """auto: gptq where there are bits, dense otherwise."""
+    """auto: ctp where weights are pruned and quantized, gptq where they are quantized alone, dense otherwise."""
 
     @model_validator(mode="after")
     def _something_to_do(self) -> "CompressSection":
@@ -141,6 +141,15 @@ class CompressSection(Section):
         if self.act_order in ("column", "static") and isinstance(self.sparsity, str):
             raise ValueError(f"act_order {self.act_order} tears n:m blocks apart: use group or none")
         return self
+
+    @property
+    def stored_as(self) -> str:
+        """The format, auto made definite."""
+        if self.format != "auto":
+            return self.format
+        if self.bits is None:
+            return "dense"
+        return "gptq" if self.sparsity is None else "ctp"
 
 
 class LearnSection(Section):
@@ -188,6 +197,9 @@ class LearnSection(Section):
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     """accelerate's; the frozen model keeps its checkpoint's dtype, the prompt is float32 in any case."""
+    packed: bool = False
+    """Keep the weights of quantized checkpoints packed in memory, a layer dense only while it is multiplied: far less
+    memory, more time."""
     tracker: str | None = None
     """Of accelerate's: tensorboard, wandb, mlflow, ... Files go to the output's folder `logs`."""
 
@@ -211,6 +223,8 @@ class EvalSection(Section):
     batch_size: Annotated[int, Field(ge=1)] = 4
     convention: Literal["true", "paper"] = "true"
     """paper: counts prompt positions as the published evaluator did; only for comparison with the publication."""
+    packed: bool = False
+    """As in learn."""
     max_ppl: Annotated[float, Field(gt=1)] | None = None
     """Gate: finish with exit code 4 if any perplexity is above."""
 
@@ -225,6 +239,8 @@ class BenchSection(Section):
     """Tokens generated to time one of them."""
     rounds: Annotated[int, Field(ge=1)] = 5
     """Each configuration is measured once per round; configurations take turns."""
+    packed: bool = False
+    """Keep the weights of a quantized checkpoint packed in memory, and multiply by the kernels for that."""
     max_latency_ms: Annotated[float, Field(gt=0)] | None = None
     """Gate: finish with exit code 4 if the median time per token is above."""
 

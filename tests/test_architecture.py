@@ -28,8 +28,8 @@ SAME_LAYER = {  # who may use whom among equals
     "prompts": {"evaluation", "checkpoints"},
     "integration": {"checkpoints"},
 }
-# models/loading reads packed checkpoints, whose form is the checkpoints' business
-KNOWN_UPWARD = {("models/loading.py", "checkpoints")}
+# models/loading reads packed checkpoints, whose form is the checkpoints' business, and keeps them packed if asked to
+KNOWN_UPWARD = {("models/loading.py", "checkpoints"), ("models/loading.py", "integration")}
 
 
 def imports(path: Path) -> Iterator[str]:

@@ -97,18 +97,49 @@ def same_in(name: str, source: LayerFormat, *, scattered: bool) -> LayerFormat |
 def read_dense_state(path: Path, form: LayerFormat, *, dtype: torch.dtype, transposed: set[str]) -> dict[str, Tensor]:
     """All tensors of a checkpoint, packed layers dequantized to `dtype`; layers in `transposed` as (in, out)."""
     state: dict[str, Tensor] = {}
+    for name, read in _layers_and_rest(path, form):
+        if isinstance(read, dict):
+            state[f"{name}.weight"] = _dense(name, read, form, dtype, name in transposed)
+        else:
+            state[name] = read.to(dtype) if read.is_floating_point() else read
+    return state
+
+
+def read_packed_state(
+    path: Path, form: LayerFormat, *, dtype: torch.dtype
+) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]], PackedSettings]:
+    """All other tensors of a checkpoint in `dtype`, and each packed layer's parts as format ctp has them.
+
+    Raises: InputError if a layer is not whole, or format ctp cannot hold it.
+    """
+    target = same_in(PackedSettings.name, form, scattered=False)
+    assert isinstance(target, PackedSettings)
+    rest: dict[str, Tensor] = {}
+    layers: dict[str, dict[str, Tensor]] = {}
+    for name, read in _layers_and_rest(path, form):
+        if not isinstance(read, dict):
+            rest[name] = read.to(dtype) if read.is_floating_point() else read
+            continue
+        codes = form.unpack(name, read)
+        outputs, inputs = codes.codes_OI.shape
+        target.check_layer(name, out_features=outputs, in_features=inputs)
+        parts = read if form is target else target.pack(name, codes)
+        layers[name] = {part.rpartition(".")[2]: tensor for part, tensor in parts.items()}
+    return rest, layers, target
+
+
+def _layers_and_rest(path: Path, form: LayerFormat) -> Iterator[tuple[str, Tensor | dict[str, Tensor]]]:
+    """Name and tensor, or name and parts of a packed layer as soon as all of them are read."""
     packed: dict[str, dict[str, Tensor]] = {}
     for name, tensor in _tensors(path):
         layer, _, part = name.rpartition(".")
-        if part in form.parts:
-            packed.setdefault(layer, {})[part] = tensor
-            if len(packed[layer]) == len(form.parts):
-                state[f"{layer}.weight"] = _dense(layer, packed.pop(layer), form, dtype, layer in transposed)
-        else:
-            state[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
-    for layer, parts in packed.items():
-        state[f"{layer}.weight"] = _dense(layer, parts, form, dtype, layer in transposed)
-    return state
+        if part not in form.parts:
+            yield name, tensor
+            continue
+        packed.setdefault(layer, {})[part] = tensor
+        if len(packed[layer]) == len(form.parts):
+            yield layer, packed.pop(layer)
+    yield from packed.items()  # parts that a format leaves out where they say nothing
 
 
 def _dense(layer: str, parts: dict[str, Tensor], form: LayerFormat, dtype: torch.dtype, transposed: bool) -> Tensor:

@@ -20,6 +20,7 @@ def bench(
     seqlen: Annotated[int | None, typer.Option(help="Text tokens before the first generated one.")] = None,
     new_tokens: Annotated[int | None, typer.Option(help="Tokens generated to time one.")] = None,
     rounds: Annotated[int | None, typer.Option(help="Measurements per configuration.")] = None,
+    packed: Annotated[bool, typer.Option("--packed", help="Keep quantized weights packed in memory.")] = False,
     max_latency_ms: Annotated[float | None, typer.Option(help="Exit with 4 if a token takes longer.")] = None,
     kernels: Annotated[
         bool, typer.Option("--kernels", help="Time products with packed layers instead.", rich_help_panel="Kernels")
@@ -51,11 +52,18 @@ def bench(
             "seqlen": seqlen,
             "new_tokens": new_tokens,
             "rounds": rounds,
+            "packed": packed,
             "max_latency_ms": max_latency_ms,
         },
     )
     if kernels:
-        given = {"prompt-len": prompt_len, "prompt": prompt, "seqlen": seqlen, "new-tokens": new_tokens}
+        given = {
+            "prompt-len": prompt_len,
+            "prompt": prompt,
+            "seqlen": seqlen,
+            "new-tokens": new_tokens,
+            "packed": packed or None,
+        }
         _refuse({**given, "max-latency-ms": max_latency_ms}, "not with --kernels, which times layers and no model")
         _kernels(console, section, model, output=output, force=force, device=device, tune=tune, explain=explain)
         return

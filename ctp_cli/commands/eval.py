@@ -31,6 +31,7 @@ def evaluate(
     convention: Annotated[
         str | None, typer.Option(help="true, or paper (counts prompt positions, for comparison only).")
     ] = None,
+    packed: Annotated[bool, typer.Option("--packed", help="Keep quantized weights packed in memory.")] = False,
     max_ppl: Annotated[float | None, typer.Option(help="Exit with 4 if any perplexity is above.")] = None,
     output: Output = None,
     force: Force = False,
@@ -54,6 +55,7 @@ def evaluate(
             "windows": windows,
             "batch_size": batch_size,
             "convention": convention,
+            "packed": packed,
             "max_ppl": max_ppl,
         },
     )

@@ -42,6 +42,9 @@ def learn(
         str | None, typer.Option("--lr", "--learning-rate", help="A number, or auto.", rich_help_panel=TRAINING)
     ] = None,
     mixed_precision: Annotated[str | None, typer.Option(help="no, bf16 or fp16.", rich_help_panel=TRAINING)] = None,
+    packed: Annotated[
+        bool, typer.Option("--packed", help="Keep quantized weights packed in memory.", rich_help_panel=TRAINING)
+    ] = False,
     tracker: Annotated[
         str | None, typer.Option(help="tensorboard, wandb, ... (accelerate's).", rich_help_panel=TRAINING)
     ] = None,
@@ -90,6 +93,7 @@ def learn(
         "seqlen": seqlen,
         "learning_rate": learning_rate,
         "mixed_precision": mixed_precision,
+        "packed": packed,
         "tracker": tracker,
         "seed": seed,
         "teacher": teacher,

@@ -3,13 +3,13 @@
 import contextlib
 import copy
 import json
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -19,7 +19,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from ctp_cli.checkpoints.formats import FORMATS, LayerFormat, format_of, read_dense_state
+from ctp_cli.checkpoints.formats import FORMATS, LayerFormat, format_of, read_dense_state, read_packed_state
 from ctp_cli.errors import InputError, is_out_of_memory
 from ctp_cli.files import read_json
 
@@ -58,14 +58,19 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_model(path: Path, *, dtype: torch.dtype | None = None, device: str = "cpu") -> PreTrainedModel:
+def load_model(
+    path: Path, *, dtype: torch.dtype | None = None, device: str = "cpu", packed: bool = False
+) -> PreTrainedModel:
     """A causal language model with all parameters frozen, in eval mode.
 
-    `dtype` None keeps the checkpoint's. Codes are dequantized into dense layers, one layer at a time.
-    Raises InputError for a missing, damaged or unsupported checkpoint.
+    `dtype` None keeps the checkpoint's. Codes are dequantized into dense layers, one layer at a time, or with `packed`
+    kept as format ctp has them, in `PackedLinear` layers.
+    Raises InputError for a missing, damaged or unsupported checkpoint, or a dense one with `packed`.
     """
     config = load_config(path)
     form = packed_format(config, path)
+    if packed and form is None:
+        raise InputError(f"{path}: not quantized, so there is nothing to keep packed", hint="leave out --packed")
     check_weight_files(path)
     with unusable_weights_are_said(path), quiet_transformers():
         if form is None:
@@ -73,8 +78,10 @@ def load_model(path: Path, *, dtype: torch.dtype | None = None, device: str = "c
             model, info = factory.from_pretrained(
                 path, dtype=dtype or "auto", trust_remote_code=False, output_loading_info=True
             )
-        else:
+        elif packed:
             model, info = _load_packed(path, config, form, dtype)
+        else:
+            model, info = _load_dequantized(path, config, form, dtype)
     refuse_missing(path, info["missing_keys"])
     frozen: PreTrainedModel = model.to(device).eval().requires_grad_(False)
     return frozen
@@ -112,14 +119,58 @@ def dense_skeleton(config: Any) -> tuple[PreTrainedModel, set[str]]:
     return skeleton, {name for name, module in skeleton.named_modules() if type(module).__name__ == "Conv1D"}
 
 
-def _load_packed(path: Path, config: Any, form: LayerFormat, dtype: torch.dtype | None) -> tuple[Any, dict[str, Any]]:
+def _load_dequantized(
+    path: Path, config: Any, form: LayerFormat, dtype: torch.dtype | None
+) -> tuple[Any, dict[str, Any]]:
     skeleton, transposed = dense_skeleton(config)
-    state = read_dense_state(path, form, dtype=dtype or config.dtype or torch.float16, transposed=transposed)
+    dtype = dtype or config.dtype or torch.float16
+    return _from_state(skeleton, read_dense_state(path, form, dtype=dtype, transposed=transposed), dtype)
+
+
+def _load_packed(path: Path, config: Any, form: LayerFormat, dtype: torch.dtype | None) -> tuple[Any, dict[str, Any]]:
+    from ctp_cli.integration.linear import PackedLinear  # which also registers format ctp with transformers
+
+    skeleton, _ = dense_skeleton(config)
+    dtype = dtype or config.dtype or torch.float16
+    state, layers, settings = read_packed_state(path, form, dtype=dtype)
+    promised = {f"{name}.weight": Promise(0, skeleton.get_parameter(f"{name}.weight").shape) for name in layers}
+    model, info = _from_state(skeleton, {**state, **promised}, dtype)
+    for name, parts in layers.items():
+        linear = model.get_submodule(name)
+        outputs = parts["scales"].shape[0]
+        inputs = linear.weight.numel() // outputs
+        packed = PackedLinear(settings, inputs, outputs, parts, bias=False)
+        packed.bias = linear.bias
+        packed.prepare()
+        model.set_submodule(name, packed)
+    return model, info
+
+
+def _from_state(skeleton: PreTrainedModel, state: dict[str, Any], dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
     factory: Any = type(skeleton)  # the Auto class insists on a path
     model, info = factory.from_pretrained(
-        None, config=skeleton.config, state_dict=state, dtype=dtype or config.dtype, output_loading_info=True
+        None, config=skeleton.config, state_dict=state, dtype=dtype, output_loading_info=True
     )
     return model, info
+
+
+class Promise:
+    """Stands for a stored tensor where transformers loads a checkpoint: it becomes a tensor without memory.
+
+    Its number is the storage offset of that tensor, by which the parameter it turned into is known again whatever that
+    parameter is called.
+    """
+
+    def __init__(self, number: int, shape: Sequence[int]) -> None:
+        self._number, self._shape = number, torch.Size(shape)
+
+    def __getitem__(self, _: object) -> "Promise":
+        return self
+
+    def to(self, *, dtype: torch.dtype, **_: Any) -> Tensor:
+        return torch.empty(self._number + self._shape.numel(), dtype=dtype, device="meta")[self._number :].view(
+            self._shape
+        )
 
 
 def refuse_missing(path: Path, missing: Collection[str]) -> None:

@@ -13,6 +13,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from ctp_cli.errors import UnsupportedModelError
 from ctp_cli.models.blocks import Block, find_blocks
 from ctp_cli.models.loading import (
+    Promise,
     check_weight_files,
     damaged,
     dense_skeleton,
@@ -32,24 +33,6 @@ class _Stored:
     name: str
     file: Path
     shape: tuple[int, ...]
-
-
-class _Promise:
-    """Stands for a stored tensor where transformers loads a checkpoint: it becomes a tensor without memory.
-
-    Its number, from 1, is the storage offset of that tensor, by which the parameter it turned into is known again
-    whatever that parameter is called. So checkpoints of all namings are read block by block, without a list of them.
-    """
-
-    def __init__(self, number: int, stored: _Stored) -> None:
-        self._number, self._stored = number, stored
-
-    def __getitem__(self, _: object) -> "_Promise":
-        return self
-
-    def to(self, *, dtype: torch.dtype, **_: Any) -> Tensor:
-        shape = torch.Size(self._stored.shape)
-        return torch.empty(self._number + shape.numel(), dtype=dtype, device="meta")[self._number :].view(shape)
 
 
 class BlockStream:
@@ -123,7 +106,7 @@ def stream_model(path: Path, *, device: str = "cpu") -> BlockStream:
         # whatever lies in a list, as decoder blocks do, is promised; of the rest, tied weights have to be compared
         for number, one in enumerate(stored, 1):
             in_list = any(part.isdigit() for part in one.name.split("."))
-            state[one.name] = _Promise(number, one) if in_list else _read_one(one)
+            state[one.name] = Promise(number, one.shape) if in_list else _read_one(one)
         with quiet_transformers():
             factory: Any = type(skeleton)  # the Auto class insists on a path
             network, info = factory.from_pretrained(

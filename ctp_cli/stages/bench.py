@@ -66,7 +66,7 @@ def bench(
     identity = {"bench": section.model_dump(), "device": where, "inputs": inputs}
     with artifact.workspace(output, kind=KIND, identity=identity, force=force) as work:
         progress.say(f"loading {model_path.name}")
-        model = load_model(model_path, device=where)
+        model = load_model(model_path, device=where, packed=section.packed)
         generator = torch.Generator().manual_seed(_SEED)
         longest = max(section.prompt_len, default=0)
         prompt_PD, prompt_source = _prompt_rows(model, given, str(prompt_path), longest, generator)

@@ -19,7 +19,7 @@ from ctp_cli.data.windows import token_ids, windows
 from ctp_cli.errors import GateFailedError, InputError
 from ctp_cli.evaluation.perplexity import Perplexity, compare, perplexity
 from ctp_cli.files import write_json
-from ctp_cli.models.loading import decoder_embedding, load_model, load_tokenizer
+from ctp_cli.models.loading import decoder_embedding, load_config, load_model, load_tokenizer, packed_format
 from ctp_cli.models.resolve import ResolvedModel
 from ctp_cli.progress import SILENT, Progress
 from ctp_cli.prompts.file import PROMPT_FILE, AnyPrompt, check_fits, load_prompt
@@ -145,7 +145,8 @@ def _measure(
 ) -> dict[tuple[str, str], Perplexity]:
     results: dict[tuple[str, str], Perplexity] = {}
     for path in dict.fromkeys(target.model.path for target in targets):
-        network = load_model(path, device=device)
+        packed = section.packed and packed_format(load_config(path), path) is not None
+        network = load_model(path, device=device, packed=packed)
         on_it = [target for target in targets if target.model.path == path]
         # all prompts are checked before the first figure is computed
         prefixes = {target.label: _prefix(target, prompts[target.label], network) for target in on_it}

@@ -110,7 +110,7 @@ def learn_prompt(
             f"{accelerator.num_processes} processes",
             hint="choose a multiple",
         )
-    networks = [load_model(one.path, device=device) for one in models]
+    networks = [load_model(one.path, device=device, packed=section.packed) for one in models]
     refuse_strangers(models, networks, tokenizer)
     if teacher is not None and fingerprint_tokenizer(load_tokenizer(teacher.path)) != fingerprint_tokenizer(tokenizer):
         raise InputError(

@@ -38,13 +38,13 @@ class Job:
         """All that can be refused is refused here, before anything is computed."""
         layers = [layer for block in blocks for layer in block.layers]
         rule = solver_rule(section, layers)
-        if section.bits is None or section.format == "dense":
+        if section.bits is None or section.stored_as == "dense":
             return cls(section, rule, None)
         grid = rule.grid
         assert grid is not None
         settings: LayerFormat
         common = (section.bits, grid.group_size or -1, section.symmetric)
-        if section.format == PackedSettings.name:
+        if section.stored_as == PackedSettings.name:
             run = (rule.mask.n, rule.mask.m) if rule.mask is not None and rule.mask.m else None
             settings = PackedSettings(*common, run)
         elif section.format == CompressedTensorsSettings.name:

@@ -1,0 +1,86 @@
+"""`--packed`: quantized checkpoints of every format stay packed in memory, and compute what their dense twins do."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import VOCAB_SIZE, tiny_model
+from torch import nn
+
+from ctp_cli.errors import InputError
+from ctp_cli.integration.linear import PackedLinear
+from ctp_cli.models.loading import load_model
+from ctp_cli.models.resolve import resolve_model
+from ctp_cli.recipe import CompressSection, EvalSection, LearnSection
+from ctp_cli.stages.compress import compress
+from ctp_cli.stages.eval import Target, evaluate
+from ctp_cli.stages.learn import learn_prompt
+
+WORDS = "A layer is made dense while it is multiplied, and forgotten. " * 60
+
+
+def text(folder: Path) -> str:
+    (folder / "text.txt").write_text(WORDS)
+    return str(folder / "text.txt")
+
+
+def compressed(family: str, folder: Path, **settings: Any) -> Path:
+    model = tiny_model(family, folder / "model")
+    small = {"bits": 4, "group_size": 32, "windows": 4, "seqlen": 32, "calibration": text(folder)}
+    compress(CompressSection(**{**small, **settings}), model=resolve_model(str(model)), output=folder / "small")
+    return folder / "small"
+
+
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        ("llama_tied_gqa", {"format": "gptq"}),
+        ("llama_tied_gqa", {"format": "gptq", "symmetric": False, "act_order": "column", "bits": 3}),
+        ("llama_tied_gqa", {"format": "compressed-tensors", "bits": 8}),
+        ("llama_tied_gqa", {"sparsity": 0.5}),
+        ("opt", {"format": "gptq", "group_size": "row"}),
+        ("gpt2", {"format": "gptq"}),
+    ],
+)
+def test_logits_of_packed_layers_are_those_of_dense_ones(family: str, settings: dict[str, Any], tmp_path: Path) -> None:
+    path = compressed(family, tmp_path, **settings)
+    dense, packed = load_model(path), load_model(path, packed=True)
+    in_blocks = {name for name, m in dense.named_modules() if isinstance(m, nn.Linear) or "Conv1D" in type(m).__name__}
+    layers = {name for name, module in packed.named_modules() if isinstance(module, PackedLinear)}
+    assert layers == in_blocks - {"lm_head"}
+    assert not any(parameter.is_meta for parameter in packed.parameters()), "nothing is left to be filled"
+    assert sum(p.numel() for p in packed.parameters()) < sum(p.numel() for p in dense.parameters())
+    ids = torch.randint(3, VOCAB_SIZE, (2, 20), generator=torch.Generator().manual_seed(7))
+    with torch.no_grad():
+        torch.testing.assert_close(packed(ids).logits, dense(ids).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_a_dense_checkpoint_has_nothing_to_keep_packed(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="not quantized"):
+        load_model(tiny_model("llama_tied_gqa", tmp_path / "model"), packed=True)
+
+
+def test_eval_of_packed_and_dense_models_together(tmp_path: Path) -> None:
+    path = compressed("llama_tied_gqa", tmp_path, sparsity=0.5)
+    targets = [Target("full", resolve_model(str(tmp_path / "model"))), Target("small", resolve_model(str(path)))]
+    dense, packed = (
+        evaluate(EvalSection(ppl=(f"mine={text(tmp_path)}",), seqlen=32, windows=4, packed=one), targets=targets)
+        for one in (False, True)
+    )
+    assert packed.value("full", "mine") == dense.value("full", "mine")
+    assert packed.value("small", "mine") == pytest.approx(dense.value("small", "mine"), rel=1e-5)
+
+
+def test_a_prompt_learned_through_packed_layers(tmp_path: Path) -> None:
+    path = compressed("llama_tied_gqa", tmp_path, format="gptq")
+    (tmp_path / "other.txt").write_text("Another text chooses. " + WORDS)
+    found = []
+    for packed in (False, True):
+        section = LearnSection(
+            tokens=4, steps=3, batch_size=2, seqlen=32, validate_every=3, validation_windows=2, text=text(tmp_path),
+            validation=str(tmp_path / "other.txt"), packed=packed,
+        )  # fmt: skip
+        report = learn_prompt(section, models=[resolve_model(str(path))], output=tmp_path / f"prompt-{packed}")
+        found.append((report.unprompted_perplexity, report.best_perplexity))
+    assert found[1] == pytest.approx(found[0], rel=1e-4)
