@@ -15,7 +15,9 @@ from ctp_cli.progress import SILENT, Progress, SilentProgress
 from ctp_cli.recipe import CompressSection
 from ctp_cli.stages.compress import CompressReport, compress
 
-SETTINGS: dict[str, Any] = {"sparsity": 0.5, "bits": 4, "group_size": 32, "windows": 4, "seqlen": 32}
+SETTINGS: dict[str, Any] = {
+    "sparsity": 0.5, "bits": 4, "group_size": 32, "windows": 4, "seqlen": 32, "format": "gptq",
+}  # fmt: skip
 
 
 class Stopped(Exception):

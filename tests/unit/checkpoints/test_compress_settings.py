@@ -96,6 +96,19 @@ def test_the_report_counts_what_lies_on_the_disk(llama: Path, text: Path, tmp_pa
     assert any("no smaller" in note for note in report.notes)
 
 
+@pytest.mark.parametrize(
+    ("settings", "form"),
+    [({}, "ctp"), ({"sparsity": None}, "gptq"), ({"bits": None}, "dense"), ({"format": "gptq"}, "gptq")],
+)
+def test_what_is_pruned_and_quantized_is_stored_in_format_ctp(
+    llama: Path, text: Path, tmp_path: Path, settings: dict[str, object], form: str
+) -> None:
+    run(llama, tmp_path / "out", text, **{"format": "auto", **settings})
+    assert json.loads((tmp_path / "out" / "ctp.json").read_text())["format"] == form
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config.get("quantization_config", {"quant_method": "dense"})["quant_method"] == form
+
+
 def test_auto_groups_are_the_largest_that_divide_every_layer(llama: Path, text: Path, tmp_path: Path) -> None:
     run(llama, tmp_path / "out", text, group_size="auto")  # widths 64 and 128
     assert json.loads((tmp_path / "out" / "quantize_config.json").read_text())["group_size"] == 64

@@ -47,7 +47,7 @@ def solved(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         {"format": "ctp"},
         {"target": "full"},
         {"tune_windows": 2, "tune": "scales", "format": "ctp"},
-        {"tune_windows": 2, "bits": None},
+        {"tune_windows": 2, "bits": None, "format": "dense"},
     ],
     ids=["gptq", "gptq-asymmetric-3-bit-column", "dense", "ctp", "aiming-at-full", "tuned-scales", "tuned-pruned"],
 )

@@ -123,7 +123,7 @@ def test_settings_of_generation_are_as_in_a_loaded_model(given: dict[str, Any] |
         ("llama", {}),
         ("gpt2", {"target": "full"}),
         ("opt350", {"true_sequential": False}),
-        ("gpt_neox", {"target": "full", "bits": None}),  # attention and MLP beside one another
+        ("gpt_neox", {"target": "full", "bits": None, "format": "dense"}),  # attention and MLP beside one another
         ("llama", {"quantizer": "rtn", "pruner": "magnitude", "refine": 0}),
     ],
     ids=["llama", "gpt2-full", "opt350-parallel", "neox-full", "llama-rtn"],
