@@ -20,62 +20,9 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from safetensors.torch import save_file
-from transformers import AutoTokenizer, LlamaConfig
-
-from ctp_cli.models.resolve import resolve_model
+from random_checkpoints import llama_config, write_checkpoint, write_tokenizer
 
 SAMPLING_SECONDS = 0.2
-
-
-def config_of(layers: int, hidden: int, vocabulary: int) -> LlamaConfig:
-    """LLaMA-7B's proportions: heads of 128, an MLP 2.6875 times as wide."""
-    return LlamaConfig(
-        hidden_size=hidden,
-        intermediate_size=hidden * 43 // 16,
-        num_hidden_layers=layers,
-        num_attention_heads=hidden // 128,
-        vocab_size=vocabulary,
-        max_position_embeddings=2048,
-        tie_word_embeddings=False,
-        dtype="bfloat16",
-        architectures=["LlamaForCausalLM"],
-    )
-
-
-def write_checkpoint(folder: Path, config: LlamaConfig) -> int:
-    """A shard per block, and one for embeddings and head. Returns the bytes written."""
-    width, wide = config.hidden_size, config.intermediate_size
-    generator = torch.Generator().manual_seed(0)
-
-    def weight(outputs: int, inputs: int) -> torch.Tensor:
-        return torch.randn(outputs, inputs, dtype=torch.bfloat16, generator=generator).mul_(inputs**-0.5)
-
-    def block(index: int) -> dict[str, torch.Tensor]:
-        shapes = {f"self_attn.{name}_proj": (width, width) for name in "qkvo"}
-        shapes |= {"mlp.gate_proj": (wide, width), "mlp.up_proj": (wide, width), "mlp.down_proj": (width, wide)}
-        tensors = {f"{name}.weight": weight(*shape) for name, shape in shapes.items()}
-        norms = ("input_layernorm", "post_attention_layernorm")
-        tensors |= {f"{name}.weight": torch.ones(width, dtype=torch.bfloat16) for name in norms}
-        return {f"model.layers.{index}.{name}": tensor for name, tensor in tensors.items()}
-
-    index: dict[str, str] = {}
-    count = config.num_hidden_layers + 1
-    for number in range(count):
-        if number < config.num_hidden_layers:
-            tensors = block(number)
-        else:
-            tensors = {
-                name: weight(config.vocab_size, width) for name in ("model.embed_tokens.weight", "lm_head.weight")
-            }
-            tensors["model.norm.weight"] = torch.ones(width, dtype=torch.bfloat16)
-        file = f"model-{number + 1:05d}-of-{count:05d}.safetensors"
-        save_file(tensors, folder / file, metadata={"format": "pt"})
-        index |= dict.fromkeys(tensors, file)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
-    config.save_pretrained(folder)
-    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
 @dataclass
@@ -133,10 +80,10 @@ def run(given: argparse.Namespace, folder: Path) -> None:
     model, out = folder / f"llama-{given.layers}x{given.hidden}", folder / "compressed"
     if not (model / "config.json").exists():  # written last
         model.mkdir(parents=True, exist_ok=True)
-        tokenizer = AutoTokenizer.from_pretrained(resolve_model("smollm2-135m").path)
-        tokenizer.save_pretrained(model)
         started = time.monotonic()
-        size = write_checkpoint(model, config_of(given.layers, given.hidden, len(tokenizer)))
+        wide = given.hidden * 43 // 16  # LLaMA-7B's proportion
+        shape = {"layers": given.layers, "hidden": given.hidden, "wide": wide, "vocabulary": write_tokenizer(model)}
+        size = write_checkpoint(model, llama_config(**shape))
         print(f"wrote {size / 1e9:.2f} GB of weights in {time.monotonic() - started:.0f} s", file=sys.stderr)
     options = ["--calibration", "pydoc", "--windows", str(given.windows), "--seqlen", str(given.seqlen), "--force"]
     options += given.options or ["--sparsity", "0.5", "--bits", "4"]
