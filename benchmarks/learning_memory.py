@@ -49,7 +49,19 @@ def run(given: argparse.Namespace, folder: Path) -> None:
             GPTQSettings(given.bits, 128 if wide % 128 == 0 else 32, symmetric=True, desc_act=False),
         )
         print(f"wrote {size / 1e9:.2f} GB", file=sys.stderr, flush=True)
-    command = [sys.executable, "-m", "ctp_cli", "learn", str(model), "--packed", "--force", "-o", str(out), "--json"]
+    command = [
+        sys.executable,
+        "-m",
+        "ctp_cli",
+        "learn",
+        str(model),
+        "--packed",
+        "--gradient-checkpointing",
+        "--force",
+        "-o",
+        str(out),
+        "--json",
+    ]
     for name in ("batch-size", "seqlen", "tokens", "steps"):
         command += [f"--{name}", str(getattr(given, name.replace("-", "_")))]
     command += ["--validate-every", str(given.steps), "--validation-windows", "1", "--text", "pydoc"]

@@ -200,6 +200,9 @@ class LearnSection(Section):
     packed: bool = False
     """Keep the weights of quantized checkpoints packed in memory, a layer dense only while it is multiplied: far less
     memory, more time."""
+    gradient_checkpointing: bool = False
+    """Make a block's activations again when its gradient is computed, instead of keeping those of all blocks: far less
+    memory, a third more time."""
     tracker: str | None = None
     """Of accelerate's: tensorboard, wandb, mlflow, ... Files go to the output's folder `logs`."""
 

@@ -45,6 +45,10 @@ def learn(
     packed: Annotated[
         bool, typer.Option("--packed", help="Keep quantized weights packed in memory.", rich_help_panel=TRAINING)
     ] = False,
+    gradient_checkpointing: Annotated[
+        bool,
+        typer.Option("--gradient-checkpointing", help="Activations of one block at a time.", rich_help_panel=TRAINING),
+    ] = False,
     tracker: Annotated[
         str | None, typer.Option(help="tensorboard, wandb, ... (accelerate's).", rich_help_panel=TRAINING)
     ] = None,
@@ -94,6 +98,7 @@ def learn(
         "learning_rate": learning_rate,
         "mixed_precision": mixed_precision,
         "packed": packed,
+        "gradient_checkpointing": gradient_checkpointing,
         "tracker": tracker,
         "seed": seed,
         "teacher": teacher,

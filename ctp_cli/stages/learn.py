@@ -23,6 +23,7 @@ from ctp_cli.models.head import Scorer
 from ctp_cli.models.loading import decoder_embedding, load_model, load_tokenizer
 from ctp_cli.models.resolve import ResolvedModel
 from ctp_cli.progress import SILENT, Progress
+from ctp_cli.prompts.checkpointing import checkpoint_blocks
 from ctp_cli.prompts.file import (
     PROMPT_FILE,
     KvPrefix,
@@ -111,6 +112,9 @@ def learn_prompt(
             hint="choose a multiple",
         )
     networks = [load_model(one.path, device=device, packed=section.packed) for one in models]
+    if section.gradient_checkpointing:
+        for network in networks:
+            checkpoint_blocks(network)
     refuse_strangers(models, networks, tokenizer)
     if teacher is not None and fingerprint_tokenizer(load_tokenizer(teacher.path)) != fingerprint_tokenizer(tokenizer):
         raise InputError(
