@@ -60,9 +60,19 @@ class Block:
 
 def find_blocks(model: PreTrainedModel) -> list[Block]:
     """The decoder blocks in order. Raises UnsupportedModelError, naming what was looked for."""
+    blocks = []
+    for index, (name, module) in enumerate(block_modules(model).items()):
+        layers = tuple(LinearLayer(f"{name}.{path}", linear) for path, linear in _linears(module).items())
+        _refuse_other_matrices(type(model).__name__, name, module, layers)
+        blocks.append(Block(index, name, module, layers))
+    return blocks
+
+
+def block_modules(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """The decoder blocks by name, in order, whether their layers are dense or packed. Raises UnsupportedModelError."""
     wanted = getattr(model.config.get_text_config(), "num_hidden_layers", None)
     lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
-    fitting = {name: m for name, m in lists.items() if len(m) == wanted and all(_linears(block) for block in m)}
+    fitting = {name: m for name, m in lists.items() if len(m) == wanted and all(_holds_linears(block) for block in m)}
     if len(fitting) != 1:
         found = ", ".join(f"{name} ({len(m)} x {type(m[0]).__name__})" for name, m in lists.items() if len(m)) or "none"
         raise UnsupportedModelError(
@@ -71,13 +81,7 @@ def find_blocks(model: PreTrainedModel) -> list[Block]:
             hint="ctp walks decoder-only models such as Llama, OPT, GPT-2, GPT-NeoX, BLOOM, Qwen, Mistral, Gemma, Phi",
         )
     ((prefix, members),) = fitting.items()
-    blocks = []
-    for index, module in enumerate(members):
-        name = f"{prefix}.{index}"
-        layers = tuple(LinearLayer(f"{name}.{path}", linear) for path, linear in _linears(module).items())
-        _refuse_other_matrices(type(model).__name__, name, module, layers)
-        blocks.append(Block(index, name, module, layers))
-    return blocks
+    return {f"{prefix}.{index}": module for index, module in enumerate(members)}
 
 
 def copy_of(block: Block) -> Block:
@@ -90,6 +94,12 @@ def copy_of(block: Block) -> Block:
 
 def _linears(block: nn.Module) -> dict[str, nn.Module]:
     return {name: m for name, m in block.named_modules() if isinstance(m, nn.Linear | Conv1D)}
+
+
+def _holds_linears(block: nn.Module) -> bool:
+    return any(hasattr(m, "in_features") and hasattr(m, "out_features") for m in block.modules()) or bool(
+        _linears(block)
+    )
 
 
 def _refuse_other_matrices(family: str, name: str, block: nn.Module, layers: tuple[LinearLayer, ...]) -> None:

@@ -14,13 +14,13 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from ctp_cli.models.blocks import find_blocks
+from ctp_cli.models.blocks import block_modules
 
 
 def checkpoint_blocks(model: PreTrainedModel) -> None:
     """From now on, where gradients are wanted, every decoder block keeps its inputs alone."""
-    for block in find_blocks(model):
-        block.module.forward = _checkpointed(block.module.forward, block.index)
+    for index, block in enumerate(block_modules(model).values()):
+        block.forward = _checkpointed(block.forward, index)
 
 
 def _checkpointed(forward: Callable[..., Any], index: int) -> Callable[..., Any]:

@@ -76,10 +76,10 @@ def test_a_prompt_learned_through_packed_layers(tmp_path: Path) -> None:
     path = compressed("llama_tied_gqa", tmp_path, format="gptq")
     (tmp_path / "other.txt").write_text("Another text chooses. " + WORDS)
     found = []
-    for packed in (False, True):
+    for packed in (False, True):  # packed with checkpointing: what large models are learned on
         section = LearnSection(
             tokens=4, steps=3, batch_size=2, seqlen=32, validate_every=3, validation_windows=2, text=text(tmp_path),
-            validation=str(tmp_path / "other.txt"), packed=packed,
+            validation=str(tmp_path / "other.txt"), packed=packed, gradient_checkpointing=packed,
         )  # fmt: skip
         report = learn_prompt(section, models=[resolve_model(str(path))], output=tmp_path / f"prompt-{packed}")
         found.append((report.unprompted_perplexity, report.best_perplexity))
