@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from ctp_kernels.memory import keep_no_freed_memory
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
@@ -132,6 +133,7 @@ def _load_packed(path: Path, config: Any, form: LayerFormat, dtype: torch.dtype 
 
     skeleton, _ = dense_skeleton(config)
     dtype = dtype or config.dtype or torch.float16
+    keep_no_freed_memory()
     state, layers, settings = read_packed_state(path, form, dtype=dtype)
     promised = {f"{name}.weight": Promise(0, skeleton.get_parameter(f"{name}.weight").shape) for name in layers}
     model, info = _from_state(skeleton, {**state, **promised}, dtype)

@@ -17,7 +17,7 @@ _SAMPLING_SECONDS = 0.002
 _SLACK_BYTES = 4 << 20
 # of malloc.h; glibc refuses larger thresholds for mmap
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _LARGEST_THRESHOLD = -1, -3, 32 << 20
-_KEPT_BYTES = 1 << 30
+_KEPT_BYTES, _SMALL_BYTES = 1 << 30, 1 << 20
 
 
 @dataclass
@@ -40,7 +40,7 @@ def watch_peak(device: torch.device) -> Iterator[PeakMemory]:
     if device.type == "cuda":
         yield from _watch_cuda(peak, device)
     elif device.type == "cpu" and _STATUS.exists():
-        _return_free_memory()
+        return_freed_memory()  # used again unseen, what was kept would hide the growth
         yield from (_watch_high_water(peak) if _reset_high_water() else _watch_samples(peak))
     else:
         yield peak
@@ -56,6 +56,22 @@ def keep_freed_memory() -> None:
         library = ctypes.CDLL(None)
         library.mallopt(_M_MMAP_THRESHOLD, _LARGEST_THRESHOLD)
         library.mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
+
+
+def return_freed_memory() -> None:
+    """Have glibc give the system what it keeps of freed memory. Does nothing with another C library."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def keep_no_freed_memory() -> None:
+    """Have glibc give back every large piece as soon as it is freed: the opposite of `keep_freed_memory`.
+
+    By default it learns from pieces of up to 32 MB to keep them. Where every layer is made dense in its turn, small
+    tensors that stay come to lie between the large ones, and what was freed adds up to many times the weights.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _SMALL_BYTES)
 
 
 def weight_bytes(model: nn.Module) -> int:
@@ -113,9 +129,3 @@ def _reset_high_water() -> bool:
 def _resident_bytes(field: str) -> int:
     values = dict(line.split(":", 1) for line in _STATUS.read_text().splitlines() if ":" in line)
     return int(values[field].split()[0]) * 1024
-
-
-def _return_free_memory() -> None:
-    # memory the C library kept from earlier work would be used again unseen, and hide the growth
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
