@@ -1,12 +1,13 @@
-// The AVX-512 intrinsics that the kernels use, as Intel documents them, on the compiler's own vectors: a processor
-// without AVX-512 can so run the kernels' branches for it. Stands before the compiler's header on the include path.
+// The AVX-512 intrinsics that the kernels use, as Intel documents them, in the compiler's own vectors, so that the
+// kernels' AVX-512 branches run on a processor without it. Stands before the compiler's header on the include path.
 //
-// Masked loads and stores touch no lane outside their mask, so that an address sanitizer sees what hardware would.
-// What the kernels do not use is not here, nor are rounding modes and predicates that they do not pass: those trap.
+// Masked loads and stores touch no lane outside their mask: an address sanitizer sees what the hardware would read.
+// Rounding modes and predicates that the kernels do not pass are not here, and trap.
 
 #pragma once
 
 #include <cmath>
+#include <cstddef>
 #include <cstdint>
 #include <cstring>
 
@@ -41,20 +42,28 @@ inline V load(const void* from) {
   return x;
 }
 
+// copy(place in bytes, bytes of a lane) for every lane of the mask
+template <typename V, typename Copy>
+inline void for_lanes(__mmask16 mask, const Copy& copy) {
+  constexpr size_t size = sizeof(V) / 16;
+  for (size_t i = 0; i < 16; ++i)
+    if (mask >> i & 1) copy(i * size, size);
+}
+
 template <typename V>
 inline V load(__mmask16 mask, const void* from) {
-  V x{};
-  constexpr int size = sizeof x[0];
-  for (int i = 0; i < 16; ++i)
-    if (mask >> i & 1) std::memcpy(reinterpret_cast<char*>(&x) + i * size, static_cast<const char*>(from) + i * size, size);
-  return x;
+  char lanes[sizeof(V)] = {};
+  const char* bytes = static_cast<const char*>(from);
+  for_lanes<V>(mask, [&](size_t at, size_t size) { std::memcpy(lanes + at, bytes + at, size); });
+  return load<V>(lanes);
 }
 
 template <typename V>
 inline void store(void* to, __mmask16 mask, V x) {
-  constexpr int size = sizeof x[0];
-  for (int i = 0; i < 16; ++i)
-    if (mask >> i & 1) std::memcpy(static_cast<char*>(to) + i * size, reinterpret_cast<const char*>(&x) + i * size, size);
+  char lanes[sizeof(V)];
+  std::memcpy(lanes, &x, sizeof x);
+  char* bytes = static_cast<char*>(to);
+  for_lanes<V>(mask, [&](size_t at, size_t size) { std::memcpy(bytes + at, lanes + at, size); });
 }
 
 inline Ints chosen(__mmask16 mask) {
@@ -128,8 +137,10 @@ inline __m512 _mm512_roundscale_ps(__m512 x, int how) {
   return x;
 }
 inline __m512 _mm512_scalef_ps(__m512 x, __m512 power) {
-  for (int i = 0; i < 16; ++i)
-    x[i] = std::isnan(power[i]) ? power[i] : std::ldexp(x[i], int(std::fmin(std::fmax(std::floor(power[i]), -999), 999)));
+  for (int i = 0; i < 16; ++i) {
+    const float held = std::fmin(std::fmax(std::floor(power[i]), -999.0f), 999.0f);  // by an int
+    x[i] = std::isnan(power[i]) ? power[i] : std::ldexp(x[i], int(held));
+  }
   return x;
 }
 inline float _mm512_reduce_add_ps(__m512 x) {

@@ -5,6 +5,7 @@ compiler's header. That shows what a branch computes, not how fast it is nor wha
 """
 
 import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -55,7 +56,10 @@ def emulation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         patch.setattr(build, "_SECONDS", 900)
         for name, levels in LEVELS.items():
             for level in levels:
-                built(name, level.flags)
+                try:
+                    built(name, level.flags)
+                except subprocess.CalledProcessError as error:
+                    pytest.fail(f"{name}.cpp does not compile: {error.stderr.decode()}", pytrace=False)
         yield
 
 
@@ -74,7 +78,7 @@ def take(level: Level, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("inputs", range(1, 34))
-@pytest.mark.parametrize(("level", "tolerance"), [(AVX512, 1e-5), (AVX512_BF16, 0.02)])
+@pytest.mark.parametrize(("level", "tolerance"), [(AVX512, 1e-5), (AVX512_BF16, 0.02)], ids=["avx512", "avx512_bf16"])
 def test_both_branches_of_descent_come_to_the_same(
     inputs: int, level: Level, tolerance: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
