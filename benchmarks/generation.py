@@ -1,0 +1,134 @@
+"""Tokens per second of a whole model, packed against dense, one sequence, greedy.
+
+    python benchmarks/generation.py [MODEL CHECKPOINT] [--rounds 3] [--new-tokens 32] [--context 32] [--gguf FILE]
+
+MODEL is dense, CHECKPOINT a quantized one of it. Without them: LLaMA's architecture with a billion random weights and a
+vocabulary of 32,000 (22 blocks of width 2,048), and the same pruned to 50% with 4 bits in format ctp. Each competitor
+runs in a process of its own, in turn, so that a machine that slows down slows all of them:
+
+- transformers in bfloat16 and in float32, as it comes;
+- `ctp_kernels.dispatch` on the packed checkpoint, weights packed in memory;
+- llama.cpp on a GGUF file, where --gguf is given and llama-cpp-python is installed (the embedded model's file is Q4_1).
+
+The time of the tokens after the first counts. Memory is the process's peak resident size after the model was loaded.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from ctp_kernels.prefix import cache_keyword, cache_of
+from random_checkpoints import llama_config, write_checkpoint
+from transformers import AutoModelForCausalLM
+
+from ctp_cli.checkpoints.packed import PackedSettings
+from ctp_cli.models.loading import load_model
+from ctp_cli.models.resolve import resolve_model
+
+BILLION = {"layers": 22, "hidden": 2048, "wide": 5632, "vocabulary": 32000, "head": 64}
+DTYPES = {"transformers bfloat16": torch.bfloat16, "transformers float32": torch.float32}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="?")
+    parser.add_argument("checkpoint", nargs="?")
+    for name, default in {"rounds": 3, "new-tokens": 32, "context": 32}.items():
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--gguf", type=Path)
+    parser.add_argument("--one", help=argparse.SUPPRESS)  # this process is that competitor
+    given = parser.parse_args()
+    if given.one:
+        print(json.dumps(measured(given)))
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        if given.model is None:
+            given.model, given.checkpoint = random_pair(Path(scratch))
+        compare(given)
+
+
+def random_pair(folder: Path) -> tuple[str, str]:
+    config = llama_config(**BILLION)
+    for name, form in (("dense", None), ("packed", PackedSettings(4, 64, symmetric=True))):
+        (folder / name).mkdir()
+        write_checkpoint(folder / name, config, form, pruned=0.5)
+    return str(folder / "dense"), str(folder / "packed")
+
+
+def compare(given: argparse.Namespace) -> None:
+    competitors = [*DTYPES, "ctp packed", *(["llama.cpp"] if given.gguf else [])]
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in competitors}
+    sizes = ["--new-tokens", str(given.new_tokens), "--context", str(given.context)]
+    for _ in range(given.rounds):
+        for name in competitors:
+            files = [given.model, given.checkpoint, *(["--gguf", str(given.gguf)] if given.gguf else [])]
+            command = [sys.executable, __file__, *files, *sizes, "--one", name]
+            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+            found[name].append(json.loads(done.stdout.splitlines()[-1]))
+    print("| | tokens/s, median (min to max) | times transformers bfloat16 | peak memory, GB |\n|---|---|---|---|")
+    base = found["transformers bfloat16"]
+    for name, rounds in found.items():
+        rates = [one["tokens_per_second"] for one in rounds]
+        ratio = statistics.median(
+            one["tokens_per_second"] / other["tokens_per_second"] for one, other in zip(rounds, base, strict=True)
+        )
+        spread = f"{statistics.median(rates):.2f} ({min(rates):.2f} to {max(rates):.2f})"
+        print(f"| {name} | {spread} | {ratio:.2f} | {max(one['peak_bytes'] for one in rounds) / 1e9:.2f} |")
+
+
+def measured(given: argparse.Namespace) -> dict[str, float]:
+    if given.one == "llama.cpp":
+        return llama_cpp(given)
+    if given.one == "ctp packed":
+        model: Any = load_model(resolve_model(given.checkpoint).path, packed=True)
+    else:
+        path = resolve_model(given.model).path
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=DTYPES[given.one]).eval()
+    forget_peak()
+    ids = torch.randint(5, 30000, (1, given.context), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        out = model(input_ids=ids, use_cache=True)
+        started = 0.0
+        for index in range(given.new_tokens + 2):
+            if index == 2:  # kernels are built and layers brought into their form before
+                started = time.perf_counter()
+            token = out.logits[:, -1:].argmax(-1)
+            out = model(input_ids=token, use_cache=True, **{cache_keyword(model): cache_of(out)})
+        seconds = time.perf_counter() - started
+    return {"tokens_per_second": given.new_tokens / seconds, "peak_bytes": float(peak_bytes())}
+
+
+def llama_cpp(given: argparse.Namespace) -> dict[str, float]:
+    import llama_cpp  # type: ignore[import-not-found]
+
+    threads = torch.get_num_threads()
+    model = llama_cpp.Llama(str(given.gguf), n_ctx=512, n_threads=threads, n_threads_batch=threads, verbose=False)
+    forget_peak()
+    model.eval(list(range(5, 5 + given.context)))
+    started = 0.0
+    for index in range(given.new_tokens + 2):
+        if index == 2:
+            started = time.perf_counter()
+        model.eval([model.sample(temp=0.0)])
+    seconds = time.perf_counter() - started
+    return {"tokens_per_second": given.new_tokens / seconds, "peak_bytes": float(peak_bytes())}
+
+
+def forget_peak() -> None:
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_bytes() -> int:
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines() if ":" in line)
+    return int(status["VmHWM"].split()[0]) * 1024
+
+
+if __name__ == "__main__":
+    main()
