@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import json
+import re
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,38 +21,51 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from ctp_cli.checkpoints.formats import FORMATS, LayerFormat, format_of, read_dense_state
-from ctp_cli.errors import InputError, is_out_of_memory
+from ctp_cli.errors import CtpError, InputError, is_out_of_memory
 from ctp_cli.files import read_json
 
-# What a damaged or foreign checkpoint makes transformers raise; all of them are the file's fault, not ours.
-LOAD_FAILURES = (
-    OSError,
-    ValueError,
-    KeyError,
-    TypeError,
-    AttributeError,
-    RuntimeError,
-    SafetensorError,
-    ImportError,
-)
+_LAYER_COUNT = re.compile(r"layers?$")
+_MOST_LAYERS = 1024
+
+
+@contextlib.contextmanager
+def unusable_is_said(what: str, *, hint: str | None = None) -> Iterator[None]:
+    """Whatever a library raises over a damaged or foreign file becomes an InputError: `what`, and its own words.
+
+    Their types do not tell: tokenizers and huggingface_hub raise a bare Exception, others all of Python's.
+    """
+    try:
+        yield
+    except CtpError:
+        raise
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        raise InputError(f"{what} ({first_line(error)})", hint=hint) from None
 
 
 def load_config(path: Path) -> Any:
     """The model's configuration. Raises InputError if there is none or it is not understood."""
-    try:
+    _check_depth(path / "config.json")
+    with unusable_is_said(f"{path}: config.json is not usable", hint="is the folder complete?"):
         return AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except LOAD_FAILURES as error:
-        raise InputError(
-            f"{path}: config.json is not usable ({first_line(error)})", hint="is the folder complete?"
-        ) from None
+
+
+def _check_depth(file: Path) -> None:
+    """transformers makes a module for every layer that is asked for, and some lists, before any weight is seen."""
+    sections: list[Any] = [read_json(file)]
+    while sections:
+        for key, value in sections.pop().items():
+            if isinstance(value, dict):
+                sections.append(value)
+            elif isinstance(value, int | float) and _LAYER_COUNT.search(key) and value > _MOST_LAYERS:
+                raise InputError(f"{file}: {key} {value:g} is more than {_MOST_LAYERS}", hint="is the file damaged?")
 
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     """The tokenizer saved beside a model. Raises InputError if it is missing or damaged."""
-    try:
+    with unusable_is_said(f"{path}: the tokenizer cannot be loaded", hint="is the folder complete?"):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except LOAD_FAILURES as error:
-        raise InputError(f"{path}: the tokenizer cannot be loaded ({first_line(error)})") from None
     for circumstance in ("local_files_only", "is_local"):
         # how it was loaded this time; it would be saved with the tokenizer and make equal checkpoints differ
         tokenizer.init_kwargs.pop(circumstance, None)
@@ -80,18 +94,8 @@ def load_model(path: Path, *, dtype: torch.dtype | None = None, device: str = "c
     return frozen
 
 
-@contextlib.contextmanager
-def unusable_weights_are_said(path: Path) -> Iterator[None]:
-    """What transformers raises over a checkpoint's weights becomes an InputError."""
-    try:
-        yield
-    except LOAD_FAILURES as error:
-        if is_out_of_memory(error):
-            raise
-        raise InputError(
-            f"{path}: the weights cannot be loaded ({first_line(error)})",
-            hint="download or compress the model again",
-        ) from None
+def unusable_weights_are_said(path: Path) -> contextlib.AbstractContextManager[None]:
+    return unusable_is_said(f"{path}: the weights cannot be loaded", hint="download or compress the model again")
 
 
 def packed_format(config: Any, path: Path) -> LayerFormat | None:
@@ -103,11 +107,15 @@ def packed_format(config: Any, path: Path) -> LayerFormat | None:
 
 
 def dense_skeleton(config: Any) -> tuple[PreTrainedModel, set[str]]:
-    """The model without weights and without quantization, and the names of its layers that store (in, out)."""
+    """The model without weights and without quantization, and the names of its layers that store (in, out).
+
+    Raises InputError for sizes of which no model can be made.
+    """
     config = copy.deepcopy(config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    with torch.device("meta"):
+    what = f"{config.name_or_path}: no model can be made of config.json"
+    with unusable_is_said(what, hint="is the folder complete?"), torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     return skeleton, {name for name, module in skeleton.named_modules() if type(module).__name__ == "Conv1D"}
 

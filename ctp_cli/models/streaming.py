@@ -116,14 +116,13 @@ def stream_model(path: Path, *, device: str = "cpu") -> BlockStream:
     """
     config = load_config(path)
     check_weight_files(path)
-    stored = list(_stored_tensors(path))
+    stored: list[_Stored] = []
     state: dict[str, Any] = {}
     with unusable_weights_are_said(path):
         skeleton, _ = dense_skeleton(config)
-        # whatever lies in a list, as decoder blocks do, is promised; of the rest, tied weights have to be compared
-        for number, one in enumerate(stored, 1):
-            in_list = any(part.isdigit() for part in one.name.split("."))
-            state[one.name] = _Promise(number, one) if in_list else _read_one(one)
+        for number, (one, tensor) in enumerate(_stored_tensors(path), 1):
+            stored.append(one)
+            state[one.name] = _Promise(number, one) if tensor is None else tensor
         with quiet_transformers():
             factory: Any = type(skeleton)  # the Auto class insists on a path
             network, info = factory.from_pretrained(
@@ -135,11 +134,14 @@ def stream_model(path: Path, *, device: str = "cpu") -> BlockStream:
         return BlockStream(network.eval().requires_grad_(False), stored, device)
 
 
-def _stored_tensors(path: Path) -> Iterator[_Stored]:
+def _stored_tensors(path: Path) -> Iterator[tuple[_Stored, Tensor | None]]:
+    """Whatever lies in a list, as decoder blocks do, is promised; of the rest, tied weights have to be compared."""
     for file in sorted(set(weight_files(path).values())):
         with safe_open(file, "pt") as handle:
             for name in handle.keys():  # noqa: SIM118 - not a dict
-                yield _Stored(name, file, tuple(handle.get_slice(name).get_shape()))
+                in_list = any(part.isdigit() for part in name.split("."))
+                stored = _Stored(name, file, tuple(handle.get_slice(name).get_shape()))
+                yield stored, None if in_list else handle.get_tensor(name)
 
 
 def _read_one(stored: _Stored) -> Tensor:
