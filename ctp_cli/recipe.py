@@ -322,6 +322,15 @@ class _Loader(yaml.SafeLoader):
             )
         return node
 
+    def construct_yaml_int(self, node: Any) -> Any:
+        value = super().construct_yaml_int(node)
+        if isinstance(value, int) and value.bit_length() > 64:  # Python does not even write those of 5,000 digits
+            raise yaml.constructor.ConstructorError(None, None, "a number of more than 64 bits", node.start_mark)
+        return value
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
+
 
 def _yaml(text: str, where: str) -> Any:
     try:
@@ -353,15 +362,8 @@ def _problem(section: type[BaseModel], item: Any, where: str) -> str:
         elif known:
             message += f"; known here: {', '.join(known)}"
     elif item["type"] not in ("missing", "value_error") and not isinstance(item.get("input"), dict):
-        message += f" (got {_shown(item.get('input'))})"
+        message += f" (got {_short(repr(item.get('input')))})"
     return f"{where + ': ' if where else ''}{_short(place)}: {message}"
-
-
-def _shown(value: Any) -> str:
-    try:
-        return _short(repr(value))
-    except ValueError:  # a number of more digits than Python writes
-        return "a number that is too large"
 
 
 def _short(text: str) -> str:

@@ -1,3 +1,4 @@
+# ruff: noqa: E501 - tables of what to write are read best in long lines
 """Inputs as an enemy or a broken disk would make them: recipes, prompt files, checkpoints and texts, mutated by a seed.
 
 `Inputs` makes whole ones, `mutant` damages one of them in a folder and says which command is to read it, `judge` runs
@@ -7,6 +8,7 @@ that command as the shell would and says what went wrong. A mutant may be harmle
 import gzip
 import io
 import json
+import logging
 import random
 import resource
 import shutil
@@ -156,6 +158,7 @@ def mutant(kind: str, draw: random.Random, inputs: Inputs, place: Path) -> Mutan
 def judge(made: Mutant, place: Path) -> Verdict:
     """Run the command inside this process, in the current folder, which is `place`; find any fault."""
     before = _listing(place)
+    logging.getLogger().handlers.clear()  # they write to the streams of the command before
     _reset_peak()
     resident, clock = _peak(), time.process_time()
     signal.signal(signal.SIGVTALRM, _too_long)
@@ -646,7 +649,7 @@ def _rows(draw: random.Random, ending: str) -> tuple[bytes, str]:
          '{"text": "x"} {"text": "y"}', "// x", "{'text': 'x'}", '{"text": "x"')
     )  # fmt: skip
     place = draw.randrange(len(rows) + 1)
-    content = "\n".join(draw.choice((rows[:place], [])) + [odd] + draw.choice((rows[place:], []))).encode()
+    content = "\n".join([*draw.choice((rows[:place], [])), odd, *draw.choice((rows[place:], []))]).encode()
     what = f"row {odd[:30]!r}"
     if ending.endswith(".gz"):
         if draw.random() < 0.08:

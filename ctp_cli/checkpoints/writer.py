@@ -17,8 +17,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.core_model_loading import revert_weight_conversion
 
 from ctp_cli.checkpoints.formats import LayerFormat
+from ctp_cli.checkpoints.parts import reading
 from ctp_cli.compression.blockwise import LayerResult
-from ctp_cli.errors import InputError
 from ctp_cli.files import read_json, whole_file, write_json
 from ctp_cli.models.blocks import Block
 

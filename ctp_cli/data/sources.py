@@ -168,9 +168,9 @@ def _too_much(path: Path) -> InputError:
 
 def _jsonl_rows(path: Path, column: str) -> Iterable[str]:
     opener: Callable[..., Any] = gzip.open if path.name.endswith(".gz") else open
-    left = _most_characters(path)
+    most = left = _most_characters(path)
     with opener(path, "rt", encoding="utf-8") as lines:
-        for number, line in enumerate(iter(lambda: lines.readline(left + 1), ""), 1):
+        for number, line in enumerate(iter(lambda: lines.readline(most + 1), ""), 1):
             left -= len(line)
             if left < 0:
                 raise _too_much(path)

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import json
+import math
 import re
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -26,6 +27,8 @@ from ctp_cli.files import read_json
 
 _LAYER_COUNT = re.compile(r"layers?$")
 _MOST_LAYERS = 1024
+_ANY_VALUES = 16_000_000
+"""Parameters that a model may lack for the moment: what is missing is told by name."""
 
 
 @contextlib.contextmanager
@@ -80,7 +83,9 @@ def load_model(path: Path, *, dtype: torch.dtype | None = None, device: str = "c
     """
     config = load_config(path)
     form = packed_format(config, path)
-    check_weight_files(path)
+    stored = check_weight_files(path)
+    if form is None:
+        check_size(path, dense_skeleton(config)[0], stored)
     with unusable_weights_are_said(path), quiet_transformers():
         if form is None:
             factory: Any = AutoModelForCausalLM
@@ -123,6 +128,7 @@ def dense_skeleton(config: Any) -> tuple[PreTrainedModel, set[str]]:
 def _load_packed(path: Path, config: Any, form: LayerFormat, dtype: torch.dtype | None) -> tuple[Any, dict[str, Any]]:
     skeleton, transposed = dense_skeleton(config)
     state = read_dense_state(path, form, dtype=dtype or config.dtype or torch.float16, transposed=transposed)
+    check_size(path, skeleton, sum(tensor.numel() for tensor in state.values()))
     factory: Any = type(skeleton)  # the Auto class insists on a path
     model, info = factory.from_pretrained(
         None, config=skeleton.config, state_dict=state, dtype=dtype or config.dtype, output_loading_info=True
@@ -173,10 +179,24 @@ def weight_files(path: Path) -> dict[str, Path]:
         raise damaged(single, error) from None
 
 
-def check_weight_files(path: Path) -> None:
-    """Every weight file is there, and its header agrees with its length; nothing of the tensors is read."""
+def check_size(path: Path, skeleton: PreTrainedModel, stored: int) -> None:
+    """transformers makes all of a model before it sees that sizes do not agree; `stored`: values in the files."""
+    asked = sum(parameter.numel() for parameter in skeleton.parameters())
+    if asked > 2 * stored + _ANY_VALUES:
+        raise InputError(
+            f"{path}: config.json describes a model of {asked:,} parameters, the weight files hold {stored:,}",
+            hint="the checkpoint is not complete, or its config.json belongs to another one",
+        )
+
+
+def check_weight_files(path: Path) -> int:
+    """Every weight file is there, and its header agrees with its length; nothing of the tensors is read.
+
+    Returns the number of values stored.
+    """
     from safetensors import safe_open
 
+    stored = 0
     for file in sorted(set(weight_files(path).values())):
         if not file.is_file():
             raise InputError(
@@ -185,9 +205,10 @@ def check_weight_files(path: Path) -> None:
             )
         try:
             with safe_open(file, "pt") as handle:
-                handle.keys()
+                stored += sum(math.prod(handle.get_slice(name).get_shape()) for name in handle.keys())  # noqa: SIM118
         except (SafetensorError, OSError) as error:
             raise damaged(file, error) from None
+    return stored
 
 
 def damaged(file: Path, error: Exception) -> InputError:

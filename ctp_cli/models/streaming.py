@@ -13,6 +13,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from ctp_cli.errors import UnsupportedModelError
 from ctp_cli.models.blocks import Block, find_blocks
 from ctp_cli.models.loading import (
+    check_size,
     check_weight_files,
     damaged,
     dense_skeleton,
@@ -115,11 +116,12 @@ def stream_model(path: Path, *, device: str = "cpu") -> BlockStream:
     unsupported checkpoint; UnsupportedModelError for a family whose weights are merged or split as they are loaded.
     """
     config = load_config(path)
-    check_weight_files(path)
+    values = check_weight_files(path)
     stored: list[_Stored] = []
     state: dict[str, Any] = {}
     with unusable_weights_are_said(path):
         skeleton, _ = dense_skeleton(config)
+        check_size(path, skeleton, values)
         for number, (one, tensor) in enumerate(_stored_tensors(path), 1):
             stored.append(one)
             state[one.name] = _Promise(number, one) if tensor is None else tensor
