@@ -26,7 +26,7 @@ from ctp_cli.errors import InputError, NetworkError
 
 PARTS = ("train", "validation", "test")
 _FILE_ENDINGS = (".txt", ".jsonl", ".jsonl.gz", ".json.gz", ".parquet")
-_EXPANSION = 100
+_EXPANSION = 20
 """Times that packed text may be longer than its file, which real text never is."""
 _SMALL_CHARACTERS = 64_000_000
 """What any file may hold, however well it is packed."""
