@@ -152,12 +152,23 @@ def all_or_nothing(space: Workspace) -> Iterator[None]:
         raise
     except OSError as error:
         _empty(space.path)
+        if _is_about_an_input(error, space.path):
+            raise InputError(
+                f"{error.filename}: cannot be read ({error.strerror})", hint="is the folder complete?"
+            ) from None
         raise UnfinishedError(
             f"{space.output}: {error.strerror or error}", hint="make room and repeat the command"
         ) from None
     except BaseException:
         _empty(space.path)
         raise
+
+
+def _is_about_an_input(error: OSError, folder: Path) -> bool:
+    """Whether a file elsewhere could not be opened; what is written lies in `folder`, and a copy names both."""
+    if error.filename is None or error.filename2 is not None:
+        return False
+    return not Path(os.fsdecode(error.filename)).absolute().is_relative_to(folder.absolute())
 
 
 def _empty(folder: Path) -> None:
@@ -241,8 +252,14 @@ def newest(kinds: tuple[str, ...], folder: Path) -> Path | None:
 
 
 def file_fingerprint(path: Path) -> str:
-    with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
+    """Raises InputError for what cannot be read: a folder, a device or a link to nowhere under a file's name."""
+    try:
+        if path.exists() and not path.is_file():
+            raise InputError(f"{path}: not a file", hint="is the folder complete?")
+        with path.open("rb") as handle:
+            return hashlib.file_digest(handle, "sha256").hexdigest()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})", hint="is the folder complete?") from None
 
 
 def folder_fingerprint(path: Path, patterns: tuple[str, ...] = ("*.safetensors", "*.json", "*.model")) -> str:

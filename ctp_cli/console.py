@@ -21,6 +21,8 @@ from rich.table import Table
 from ctp_cli.errors import CtpError
 
 JSON_SCHEMA_VERSION = 1
+_MESSAGE = 5000
+"""Characters of an error that are printed at most."""
 
 
 class Console:
@@ -47,9 +49,9 @@ class Console:
             self._err.print(f"warning: {line}", markup=False, style="yellow")
 
     def error(self, error: CtpError) -> None:
-        self._err.print(f"error: {error.message}", markup=False, style="bold red")
+        self._err.print(f"error: {_plain(error.message)}", markup=False, style="bold red")
         if error.hint:
-            self._err.print(f"hint: {error.hint}", markup=False)
+            self._err.print(f"hint: {_plain(error.hint)}", markup=False)
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], caption: str = "") -> None:
         """A result table on stdout; numbers arrive as text, already rounded by whoever knows their units."""
@@ -87,6 +89,12 @@ class Console:
         logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
         logging.getLogger("ctp_cli").setLevel(level)
         logging.getLogger("ctp_kernels").setLevel(level)
+
+
+def _plain(message: str) -> str:
+    """Messages quote files that anybody may have written: nothing in them commands the terminal or fills it."""
+    cut = message if len(message) <= _MESSAGE else message[:_MESSAGE] + "..."
+    return "".join(letter if letter.isprintable() or letter == "\n" else repr(letter)[1:-1] for letter in cut)
 
 
 class BarProgress:

@@ -17,11 +17,18 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
+    field_validator,
     model_validator,
 )
 
 from ctp_cli.errors import RecipeError
 
+_CHARACTERS = 200_000
+"""Of a recipe; real ones have a few thousand."""
+_PROBLEMS = 20
+"""Of a recipe, told at once."""
+_SHOWN = 300
+"""Characters of what was given, in a message."""
 _NM = re.compile(r"^(\d+):(\d+)$")
 _TIME = re.compile(r"^(\d+(?:\.\d+)?)(s|m|h)$")
 _SIZE = re.compile(r"^(\d+(?:\.\d+)?) ?(MB|GB|TB)$", re.IGNORECASE)
@@ -76,6 +83,15 @@ class Section(BaseModel):
     """Strict: an unknown key is an error, and a section never changes once made."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*")
+    @classmethod
+    def _text_is_text(cls, value: Any) -> Any:
+        """YAML can spell what no file name and no text can hold."""
+        for text in value if isinstance(value, tuple) else (value,):
+            if isinstance(text, str) and ("\0" in text or any("\ud800" <= letter <= "\udfff" for letter in text)):
+                raise ValueError("a text without NUL characters and half surrogate pairs is needed")
+        return value
 
 
 class CompressSection(Section):
@@ -279,19 +295,25 @@ def build(section: type[SectionType], given: Mapping[str, Any], *, where: str = 
     try:
         return section.model_validate({key: value for key, value in given.items() if value is not None})
     except ValidationError as error:
-        lines = [_problem(section, item, where) for item in error.errors()]
+        found = error.errors()
+        lines = [_problem(section, item, where) for item in found[:_PROBLEMS]]
+        if len(found) > _PROBLEMS:
+            lines.append(f"and {len(found) - _PROBLEMS} problems more")
         raise RecipeError("\n       ".join(lines)) from None
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """A recipe from a YAML file, with `section.key=value` overrides (values are YAML too)."""
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open(encoding="utf-8") as handle:
+            text = handle.read(_CHARACTERS + 1)
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(
             f"{path}: cannot be read ({error})",
             hint="give the path of a recipe, e.g. recipes/quickstart.yaml",
         ) from None
+    if len(text) > _CHARACTERS:
+        raise RecipeError(f"{path}: longer than {_CHARACTERS:,} characters", hint="is it a recipe?")
     content = _yaml(text, str(path))
     if not isinstance(content, dict):
         raise RecipeError(f"{path}: a recipe is a mapping of sections, found {type(content).__name__}")
@@ -307,11 +329,33 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
 _STAGES = ("compress", "learn", "stitch", "eval", "bench")
 
 
+class _Loader(yaml.SafeLoader):
+    """Without aliases of lists and mappings: a few lines of such can stand for more than any memory holds."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        event = self.peek_event() if self.check_event(yaml.AliasEvent) else None
+        node = super().compose_node(parent, index)
+        if event is not None and not isinstance(node, yaml.ScalarNode):
+            raise yaml.constructor.ConstructorError(
+                None, None, f"*{event.anchor} stands for a list or mapping: write it out", event.start_mark
+            )
+        return node
+
+    def construct_yaml_int(self, node: Any) -> Any:
+        value = super().construct_yaml_int(node)
+        if isinstance(value, int) and value.bit_length() > 64:  # Python does not even write those of 5,000 digits
+            raise yaml.constructor.ConstructorError(None, None, "a number of more than 64 bits", node.start_mark)
+        return value
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
+
+
 def _yaml(text: str, where: str) -> Any:
     try:
-        return yaml.safe_load(text)
+        return yaml.load(text, Loader=_Loader)  # a SafeLoader
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise RecipeError(f"{where}: not YAML ({' '.join(str(error).split())})") from None
+        raise RecipeError(f"{where}: not YAML ({_short(' '.join(str(error).split()))})") from None
 
 
 def _assign(content: dict[Any, Any], keys: list[str], value: Any, override: str) -> None:
@@ -337,8 +381,12 @@ def _problem(section: type[BaseModel], item: Any, where: str) -> str:
         elif known:
             message += f"; known here: {', '.join(known)}"
     elif item["type"] not in ("missing", "value_error") and not isinstance(item.get("input"), dict):
-        message += f" (got {item.get('input')!r})"
-    return f"{where + ': ' if where else ''}{place}: {message}"
+        message += f" (got {_short(repr(item.get('input')))})"
+    return f"{where + ': ' if where else ''}{_short(place)}: {message}"
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= _SHOWN else text[:_SHOWN] + "..."
 
 
 def _is_branch_label(part: str) -> bool:

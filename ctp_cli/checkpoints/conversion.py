@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from ctp_cli.checkpoints.formats import LayerFormat
+from ctp_cli.checkpoints.parts import reading
 
 
 def converted_files(
@@ -26,7 +26,7 @@ def converted_files(
             layers.setdefault(layer, {})[part] = file
     packed = {f"{layer}.{part}" for layer, parts in layers.items() for part in parts}
     for file in sorted(set(files.values())):
-        with safe_open(file, "pt") as handle:
+        with reading(file) as handle:
             tensors = {name: handle.get_tensor(name) for name in handle.keys() if name not in packed}  # noqa: SIM118
         for layer, parts in layers.items():
             if max(parts.values()) == file:  # a layer goes where the last of its parts was
@@ -38,7 +38,7 @@ def converted_files(
 def _read(layer: str, parts: dict[str, Path]) -> dict[str, Tensor]:
     read = {}
     for part, file in parts.items():
-        with safe_open(file, "pt") as handle:
+        with reading(file) as handle:
             read[part] = handle.get_tensor(f"{layer}.{part}")
     return read
 

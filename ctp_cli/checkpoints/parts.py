@@ -1,12 +1,28 @@
-"""What the formats of quantized layers share: groups, zero points, and how parts that do not fit are refused.
+"""What the formats of quantized layers share: files, groups, zero points, and how parts that do not fit are refused.
 
 O=out_features I=in_features G=groups
 """
 
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ctp_cli.errors import InputError
+
+
+@contextlib.contextmanager
+def reading(file: Path, *, hint: str = "copy, download or make it again") -> Iterator[Any]:
+    """The open file. Raises InputError where it is damaged, or lacks a tensor that is asked of it."""
+    try:
+        with safe_open(file, "pt") as handle:
+            yield handle
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{file}: damaged or cut off ({error})", hint=hint) from None
 
 
 def runs_of_inputs(inputs: int, group_size: int) -> Tensor:

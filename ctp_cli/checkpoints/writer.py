@@ -11,15 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.core_model_loading import revert_weight_conversion
 
 from ctp_cli.checkpoints.formats import LayerFormat
+from ctp_cli.checkpoints.parts import reading
 from ctp_cli.compression.blockwise import LayerResult
-from ctp_cli.errors import InputError
 from ctp_cli.files import read_json, whole_file, write_json
 from ctp_cli.models.blocks import Block
 
@@ -119,15 +118,8 @@ def _names_on_disk(model: PreTrainedModel, names: list[str]) -> dict[str, str]:
     return {name: next(iter(revert_weight_conversion(fresh, {name: torch.empty(0)}))) for name in names}
 
 
-@contextlib.contextmanager
-def _reading(shard: Path) -> Iterator[Any]:
-    try:
-        with safe_open(shard, "pt") as handle:
-            yield handle
-    except SafetensorError as error:
-        raise InputError(
-            f"{shard}: damaged or cut off ({error})", hint="remove this file and repeat the command: it is made again"
-        ) from None
+def _reading(shard: Path) -> contextlib.AbstractContextManager[Any]:
+    return reading(shard, hint="remove this file and repeat the command: it is made again")
 
 
 def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> None:

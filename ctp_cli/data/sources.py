@@ -26,6 +26,12 @@ from ctp_cli.errors import InputError, NetworkError
 
 PARTS = ("train", "validation", "test")
 _FILE_ENDINGS = (".txt", ".jsonl", ".jsonl.gz", ".json.gz", ".parquet")
+_EXPANSION = 20
+"""Times that packed text may be longer than its file, which real text never is."""
+_SMALL_CHARACTERS = 64_000_000
+"""What any file may hold, however well it is packed."""
+_ROWS = 64
+"""Of parquet, unpacked at a time."""
 
 
 @dataclass(frozen=True)
@@ -134,7 +140,7 @@ def _local_text(path: Path, column: str) -> str:
     name = path.name
     try:
         if name.endswith(".parquet"):
-            return _parquet_text(path, column or "text")
+            return "\n\n".join(_parquet_rows(path, column or "text"))
         if name.endswith((".jsonl", ".jsonl.gz", ".json.gz")):
             return "\n\n".join(_jsonl_rows(path, column or "text"))
         content = path.read_text(encoding="utf-8")
@@ -149,15 +155,30 @@ def _local_text(path: Path, column: str) -> str:
     return content
 
 
+def _most_characters(path: Path) -> int:
+    return max(_EXPANSION * path.stat().st_size, _SMALL_CHARACTERS)
+
+
+def _too_much(path: Path) -> InputError:
+    return InputError(
+        f"{path}: unpacks to more than {_most_characters(path):,} characters, which no text of its size does",
+        hint="is it damaged, or made to fill the memory? unpack it to .jsonl to use it all the same",
+    )
+
+
 def _jsonl_rows(path: Path, column: str) -> Iterable[str]:
     opener: Callable[..., Any] = gzip.open if path.name.endswith(".gz") else open
+    most = left = _most_characters(path)
     with opener(path, "rt", encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
+        for number, line in enumerate(iter(lambda: lines.readline(most + 1), ""), 1):
+            left -= len(line)
+            if left < 0:
+                raise _too_much(path)
             if not line.strip():
                 continue
             try:
                 row = json.loads(line)
-            except (json.JSONDecodeError, RecursionError) as error:
+            except (ValueError, RecursionError) as error:  # ValueError: no JSON, or a number of 5,000 digits
                 raise InputError(f"{path}, line {number}: not JSON ({error})") from None
             if not isinstance(row, dict) or not isinstance(row.get(column), str):
                 raise InputError(
@@ -167,15 +188,26 @@ def _jsonl_rows(path: Path, column: str) -> Iterable[str]:
             yield row[column]
 
 
-def _parquet_text(path: Path, column: str) -> str:
+def _parquet_rows(path: Path, column: str) -> Iterable[str]:
     import pyarrow
     import pyarrow.parquet
 
+    left = _most_characters(path)
     try:
-        rows = pyarrow.parquet.read_table(path, columns=[column]).column(0).to_pylist()
-    except (pyarrow.ArrowException, KeyError, IndexError) as error:
+        file = pyarrow.parquet.ParquetFile(path)
+        kind = file.schema_arrow.field(column).type
+        kind = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
+        if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
+            raise InputError(f"{path}: column {column!r} holds {kind}, no text", hint="write FILE:COLUMN for another")
+        for batch in file.iter_batches(batch_size=_ROWS, columns=[column]):
+            for row in batch.column(0).to_pylist():
+                left -= len(row or "")
+                if left < 0:
+                    raise _too_much(path)
+                if row is not None:
+                    yield row
+    except (pyarrow.ArrowException, KeyError, ValueError) as error:  # ValueError: no UTF-8
         raise InputError(f"{path}: no readable column {column!r} ({error})") from None
-    return "\n\n".join(str(row) for row in rows if row is not None)
 
 
 def _hub_text(name: str, part: str) -> str:

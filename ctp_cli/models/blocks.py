@@ -73,7 +73,7 @@ def block_modules(model: PreTrainedModel) -> dict[str, nn.Module]:
     wanted = getattr(model.config.get_text_config(), "num_hidden_layers", None)
     lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
     fitting = {name: m for name, m in lists.items() if len(m) == wanted and all(_holds_linears(block) for block in m)}
-    if len(fitting) != 1:
+    if len(fitting) != 1 or not wanted:
         found = ", ".join(f"{name} ({len(m)} x {type(m[0]).__name__})" for name, m in lists.items() if len(m)) or "none"
         raise UnsupportedModelError(
             f"{type(model).__name__}: looked for one ModuleList of num_hidden_layers={wanted} decoder blocks that hold "

@@ -3,6 +3,8 @@
 import contextlib
 import copy
 import json
+import math
+import re
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,38 +23,53 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from ctp_cli.checkpoints.formats import FORMATS, LayerFormat, format_of, read_dense_state, read_packed_state
-from ctp_cli.errors import InputError, is_out_of_memory
+from ctp_cli.errors import CtpError, InputError, is_out_of_memory
 from ctp_cli.files import read_json
 
-# What a damaged or foreign checkpoint makes transformers raise; all of them are the file's fault, not ours.
-LOAD_FAILURES = (
-    OSError,
-    ValueError,
-    KeyError,
-    TypeError,
-    AttributeError,
-    RuntimeError,
-    SafetensorError,
-    ImportError,
-)
+_LAYER_COUNT = re.compile(r"layers?$")
+_MOST_LAYERS = 1024
+_ANY_VALUES = 16_000_000
+"""Parameters that a model may lack for the moment: what is missing is told by name."""
+
+
+@contextlib.contextmanager
+def unusable_is_said(what: str, *, hint: str | None = None) -> Iterator[None]:
+    """Whatever a library raises over a damaged or foreign file becomes an InputError: `what`, and its own words.
+
+    Their types do not tell: tokenizers and huggingface_hub raise a bare Exception, others all of Python's.
+    """
+    try:
+        yield
+    except CtpError:
+        raise
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        raise InputError(f"{what} ({first_line(error)})", hint=hint) from None
 
 
 def load_config(path: Path) -> Any:
     """The model's configuration. Raises InputError if there is none or it is not understood."""
-    try:
+    _check_depth(path / "config.json")
+    with unusable_is_said(f"{path}: config.json is not usable", hint="is the folder complete?"):
         return AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except LOAD_FAILURES as error:
-        raise InputError(
-            f"{path}: config.json is not usable ({first_line(error)})", hint="is the folder complete?"
-        ) from None
+
+
+def _check_depth(file: Path) -> None:
+    """transformers makes a module for every layer that is asked for, and some lists, before any weight is seen."""
+    sections: list[Any] = [read_json(file)]
+    while sections:
+        for key, value in sections.pop().items():
+            if isinstance(value, dict):
+                sections.append(value)
+            elif isinstance(value, int | float) and _LAYER_COUNT.search(key) and value > _MOST_LAYERS:
+                raise InputError(f"{file}: {key} {value:g} is more than {_MOST_LAYERS}", hint="is the file damaged?")
 
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     """The tokenizer saved beside a model. Raises InputError if it is missing or damaged."""
-    try:
+    with unusable_is_said(f"{path}: the tokenizer cannot be loaded", hint="is the folder complete?"):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except LOAD_FAILURES as error:
-        raise InputError(f"{path}: the tokenizer cannot be loaded ({first_line(error)})") from None
     for circumstance in ("local_files_only", "is_local"):
         # how it was loaded this time; it would be saved with the tokenizer and make equal checkpoints differ
         tokenizer.init_kwargs.pop(circumstance, None)
@@ -72,7 +89,9 @@ def load_model(
     form = packed_format(config, path)
     if packed and form is None:
         raise InputError(f"{path}: not quantized, so there is nothing to keep packed", hint="leave out --packed")
-    check_weight_files(path)
+    stored = check_weight_files(path)
+    if form is None:
+        check_size(path, dense_skeleton(config)[0], stored)
     with unusable_weights_are_said(path), quiet_transformers():
         if form is None:
             factory: Any = AutoModelForCausalLM
@@ -88,18 +107,8 @@ def load_model(
     return frozen
 
 
-@contextlib.contextmanager
-def unusable_weights_are_said(path: Path) -> Iterator[None]:
-    """What transformers raises over a checkpoint's weights becomes an InputError."""
-    try:
-        yield
-    except LOAD_FAILURES as error:
-        if is_out_of_memory(error):
-            raise
-        raise InputError(
-            f"{path}: the weights cannot be loaded ({first_line(error)})",
-            hint="download or compress the model again",
-        ) from None
+def unusable_weights_are_said(path: Path) -> contextlib.AbstractContextManager[None]:
+    return unusable_is_said(f"{path}: the weights cannot be loaded", hint="download or compress the model again")
 
 
 def packed_format(config: Any, path: Path) -> LayerFormat | None:
@@ -111,11 +120,15 @@ def packed_format(config: Any, path: Path) -> LayerFormat | None:
 
 
 def dense_skeleton(config: Any) -> tuple[PreTrainedModel, set[str]]:
-    """The model without weights and without quantization, and the names of its layers that store (in, out)."""
+    """The model without weights and without quantization, and the names of its layers that store (in, out).
+
+    Raises InputError for sizes of which no model can be made.
+    """
     config = copy.deepcopy(config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    with torch.device("meta"):
+    what = f"{config.name_or_path}: no model can be made of config.json"
+    with unusable_is_said(what, hint="is the folder complete?"), torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     return skeleton, {name for name, module in skeleton.named_modules() if type(module).__name__ == "Conv1D"}
 
@@ -125,7 +138,9 @@ def _load_dequantized(
 ) -> tuple[Any, dict[str, Any]]:
     skeleton, transposed = dense_skeleton(config)
     dtype = dtype or config.dtype or torch.float16
-    return _from_state(skeleton, read_dense_state(path, form, dtype=dtype, transposed=transposed), dtype)
+    state = read_dense_state(path, form, dtype=dtype, transposed=transposed)
+    check_size(path, skeleton, sum(tensor.numel() for tensor in state.values()))
+    return _from_state(skeleton, state, dtype)
 
 
 def _load_packed(path: Path, config: Any, form: LayerFormat, dtype: torch.dtype | None) -> tuple[Any, dict[str, Any]]:
@@ -135,6 +150,8 @@ def _load_packed(path: Path, config: Any, form: LayerFormat, dtype: torch.dtype 
     dtype = dtype or config.dtype or torch.float16
     keep_no_freed_memory()
     state, layers, settings = read_packed_state(path, form, dtype=dtype)
+    in_layers = sum(8 * parts.get("mask", parts["codes"]).numel() for parts in layers.values())  # or fewer, by the bits
+    check_size(path, skeleton, sum(tensor.numel() for tensor in state.values()) + in_layers)
     promised = {f"{name}.weight": Promise(0, skeleton.get_parameter(f"{name}.weight").shape) for name in layers}
     model, info = _from_state(skeleton, {**state, **promised}, dtype)
     for name, parts in layers.items():
@@ -218,10 +235,24 @@ def weight_files(path: Path) -> dict[str, Path]:
         raise damaged(single, error) from None
 
 
-def check_weight_files(path: Path) -> None:
-    """Every weight file is there, and its header agrees with its length; nothing of the tensors is read."""
+def check_size(path: Path, skeleton: PreTrainedModel, stored: int) -> None:
+    """transformers makes all of a model before it sees that sizes do not agree; `stored`: values in the files."""
+    asked = sum(parameter.numel() for parameter in skeleton.parameters())
+    if asked > 2 * stored + _ANY_VALUES:
+        raise InputError(
+            f"{path}: config.json describes a model of {asked:,} parameters, the weight files hold {stored:,}",
+            hint="the checkpoint is not complete, or its config.json belongs to another one",
+        )
+
+
+def check_weight_files(path: Path) -> int:
+    """Every weight file is there, and its header agrees with its length; nothing of the tensors is read.
+
+    Returns the number of values stored.
+    """
     from safetensors import safe_open
 
+    stored = 0
     for file in sorted(set(weight_files(path).values())):
         if not file.is_file():
             raise InputError(
@@ -230,9 +261,10 @@ def check_weight_files(path: Path) -> None:
             )
         try:
             with safe_open(file, "pt") as handle:
-                handle.keys()
+                stored += sum(math.prod(handle.get_slice(name).get_shape()) for name in handle.keys())  # noqa: SIM118
         except (SafetensorError, OSError) as error:
             raise damaged(file, error) from None
+    return stored
 
 
 def damaged(file: Path, error: Exception) -> InputError:

@@ -14,6 +14,7 @@ from ctp_cli.errors import UnsupportedModelError
 from ctp_cli.models.blocks import Block, find_blocks
 from ctp_cli.models.loading import (
     Promise,
+    check_size,
     check_weight_files,
     damaged,
     dense_skeleton,
@@ -98,15 +99,15 @@ def stream_model(path: Path, *, device: str = "cpu") -> BlockStream:
     unsupported checkpoint; UnsupportedModelError for a family whose weights are merged or split as they are loaded.
     """
     config = load_config(path)
-    check_weight_files(path)
-    stored = list(_stored_tensors(path))
+    values = check_weight_files(path)
+    stored: list[_Stored] = []
     state: dict[str, Any] = {}
     with unusable_weights_are_said(path):
         skeleton, _ = dense_skeleton(config)
-        # whatever lies in a list, as decoder blocks do, is promised; of the rest, tied weights have to be compared
-        for number, one in enumerate(stored, 1):
-            in_list = any(part.isdigit() for part in one.name.split("."))
-            state[one.name] = Promise(number, one.shape) if in_list else _read_one(one)
+        check_size(path, skeleton, values)
+        for number, (one, tensor) in enumerate(_stored_tensors(path), 1):
+            stored.append(one)
+            state[one.name] = Promise(number, one.shape) if tensor is None else tensor
         with quiet_transformers():
             factory: Any = type(skeleton)  # the Auto class insists on a path
             network, info = factory.from_pretrained(
@@ -118,11 +119,14 @@ def stream_model(path: Path, *, device: str = "cpu") -> BlockStream:
         return BlockStream(network.eval().requires_grad_(False), stored, device)
 
 
-def _stored_tensors(path: Path) -> Iterator[_Stored]:
+def _stored_tensors(path: Path) -> Iterator[tuple[_Stored, Tensor | None]]:
+    """Whatever lies in a list, as decoder blocks do, is promised; of the rest, tied weights have to be compared."""
     for file in sorted(set(weight_files(path).values())):
         with safe_open(file, "pt") as handle:
             for name in handle.keys():  # noqa: SIM118 - not a dict
-                yield _Stored(name, file, tuple(handle.get_slice(name).get_shape()))
+                in_list = any(part.isdigit() for part in name.split("."))
+                stored = _Stored(name, file, tuple(handle.get_slice(name).get_shape()))
+                yield stored, None if in_list else handle.get_tensor(name)
 
 
 def _read_one(stored: _Stored) -> Tensor:

@@ -14,12 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 from torch.func import functional_call
 from transformers import (
-    AutoModelForCausalLM,
     GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
@@ -28,9 +26,10 @@ from transformers import (
 from transformers.core_model_loading import revert_weight_conversion
 
 from ctp_cli.checkpoints.formats import FORMATS
+from ctp_cli.checkpoints.parts import reading
 from ctp_cli.errors import InputError, UnsupportedModelError
 from ctp_cli.files import read_json, whole_file, write_json
-from ctp_cli.models.loading import decoder_embedding, weight_files, weight_index
+from ctp_cli.models.loading import decoder_embedding, dense_skeleton, weight_files, weight_index
 from ctp_cli.progress import SILENT, Progress
 from ctp_cli.prompts import shards
 from ctp_cli.prompts.file import Prompt
@@ -132,7 +131,7 @@ def unstitch_vocabulary(stitched: Path, folder: Path, base_rows: dict[str, int |
         if name not in files or not (rows is None or rows > 0):
             raise InputError(f"{stitched}: holds no tensor {name} to cut back", hint="is the checkpoint complete?")
         if rows is not None:
-            with safe_open(files[name], "pt") as handle:
+            with reading(files[name]) as handle:
                 part = handle.get_slice(name)
                 if part.get_shape()[0] < rows:
                     raise InputError(f"{stitched}: {name} has fewer rows than its base had", hint="stitch again")
@@ -168,7 +167,7 @@ def table_names(config: PretrainedConfig) -> tuple[TableNames, TableNames]:
     """
     if config.is_encoder_decoder:
         raise UnsupportedModelError(f"{config.model_type} is an encoder-decoder: prompts are for decoders")
-    skeleton = _skeleton(config)
+    skeleton, _ = dense_skeleton(config)  # packed layers are not what is looked at here
     named = {id(module): name for name, module in skeleton.named_modules()}
     embedding, head = skeleton.get_input_embeddings(), skeleton.get_output_embeddings()
     if not isinstance(embedding, nn.Embedding) or not isinstance(head, nn.Linear):
@@ -187,20 +186,12 @@ def _names(names: list[str]) -> TableNames:
     return TableNames(names[0], names[1], names[2] if len(names) > 2 else None)
 
 
-def _skeleton(config: PretrainedConfig) -> PreTrainedModel:
-    plain = copy.deepcopy(config)
-    if hasattr(plain, "quantization_config"):
-        del plain.quantization_config  # packed layers are not what is looked at here
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(plain, trust_remote_code=False)
-
-
 def _check_only_tables_grow(config: PretrainedConfig, rows: int, names: TableNames) -> None:
     """Some architectures keep further tables per token: those would be left too short."""
     grown = copy.deepcopy(config)
     text_config = grown.get_text_config()
     text_config.vocab_size = rows
-    before, after = _skeleton(config).state_dict(), _skeleton(grown).state_dict()
+    before, after = (dense_skeleton(one)[0].state_dict() for one in (config, grown))
     changed = {name for name in after if name not in before or before[name].shape != after[name].shape}
     others = sorted(changed - {names.embedding, names.head, names.head_bias})
     if others:

@@ -205,7 +205,7 @@ def _data_of(prompt: AnyPrompt | None) -> dict[str, Any]:
     """What the prompt says of its texts; other tools may have written anything there."""
     try:
         data = json.loads(prompt.metadata.data or "{}") if prompt is not None else {}
-    except (json.JSONDecodeError, RecursionError):
+    except (ValueError, RecursionError):
         return {}
     return data if isinstance(data, dict) else {}
 

@@ -307,8 +307,8 @@ def _base_name(model: ResolvedModel) -> str:
 
 def _compression(model: ResolvedModel) -> dict[str, Any] | None:
     """What the checkpoint says about its compression; None for an uncompressed model."""
-    section: dict[str, Any] | None = _manifest(model).get("recipe", {}).get("compress")
-    return section
+    recipe = _manifest(model).get("recipe")
+    return recipe.get("compress") if isinstance(recipe, dict) else None
 
 
 def _report(path: Path, state: Progressing, unprompted: float) -> LearnReport:
