@@ -20,7 +20,9 @@ def bench(
     seqlen: Annotated[int | None, typer.Option(help="Text tokens before the first generated one.")] = None,
     new_tokens: Annotated[int | None, typer.Option(help="Tokens generated to time one.")] = None,
     rounds: Annotated[int | None, typer.Option(help="Measurements per configuration.")] = None,
-    packed: Annotated[bool, typer.Option("--packed", help="Keep quantized weights packed in memory.")] = False,
+    packed: Annotated[
+        bool | None, typer.Option("--packed/--no-packed", help="Keep quantized weights packed in memory.")
+    ] = None,
     max_latency_ms: Annotated[float | None, typer.Option(help="Exit with 4 if a token takes longer.")] = None,
     kernels: Annotated[
         bool, typer.Option("--kernels", help="Time products with packed layers instead.", rich_help_panel="Kernels")
@@ -62,7 +64,7 @@ def bench(
             "prompt": prompt,
             "seqlen": seqlen,
             "new-tokens": new_tokens,
-            "packed": packed or None,
+            "packed": packed,
         }
         _refuse({**given, "max-latency-ms": max_latency_ms}, "not with --kernels, which times layers and no model")
         _kernels(console, section, model, output=output, force=force, device=device, tune=tune, explain=explain)

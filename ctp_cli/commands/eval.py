@@ -31,7 +31,9 @@ def evaluate(
     convention: Annotated[
         str | None, typer.Option(help="true, or paper (counts prompt positions, for comparison only).")
     ] = None,
-    packed: Annotated[bool, typer.Option("--packed", help="Keep quantized weights packed in memory.")] = False,
+    packed: Annotated[
+        bool | None, typer.Option("--packed/--no-packed", help="Keep quantized weights packed in memory.")
+    ] = None,
     max_ppl: Annotated[float | None, typer.Option(help="Exit with 4 if any perplexity is above.")] = None,
     output: Output = None,
     force: Force = False,

@@ -43,12 +43,17 @@ def learn(
     ] = None,
     mixed_precision: Annotated[str | None, typer.Option(help="no, bf16 or fp16.", rich_help_panel=TRAINING)] = None,
     packed: Annotated[
-        bool, typer.Option("--packed", help="Keep quantized weights packed in memory.", rich_help_panel=TRAINING)
-    ] = False,
+        bool | None,
+        typer.Option("--packed/--no-packed", help="Keep quantized weights packed in memory.", rich_help_panel=TRAINING),
+    ] = None,
     gradient_checkpointing: Annotated[
-        bool,
-        typer.Option("--gradient-checkpointing", help="Activations of one block at a time.", rich_help_panel=TRAINING),
-    ] = False,
+        bool | None,
+        typer.Option(
+            "--gradient-checkpointing/--no-gradient-checkpointing",
+            help="Activations of one block at a time.",
+            rich_help_panel=TRAINING,
+        ),
+    ] = None,
     tracker: Annotated[
         str | None, typer.Option(help="tensorboard, wandb, ... (accelerate's).", rich_help_panel=TRAINING)
     ] = None,
