@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
-from ctp_cli.errors import UnsupportedModelError
+from ctp_cli.errors import InputError, UnsupportedModelError
 from ctp_cli.models.blocks import Block, find_blocks
 from ctp_cli.models.loading import (
     check_weight_files,
@@ -18,6 +18,7 @@ from ctp_cli.models.loading import (
     dense_skeleton,
     load_config,
     load_model,
+    packed_format,
     quiet_transformers,
     refuse_missing,
     unusable_weights_are_said,
@@ -117,22 +118,52 @@ def stream_model(path: Path, *, device: str = "cpu") -> BlockStream:
     config = load_config(path)
     check_weight_files(path)
     stored = list(_stored_tensors(path))
-    state: dict[str, Any] = {}
+    with unusable_weights_are_said(path):
+        network = _with_promises(path, dense_skeleton(config)[0], stored, _dtype(config, stored))
+        return BlockStream(network, stored, device)
+
+
+def load_without_blocks(path: Path) -> PreTrainedModel:
+    """What `load_model` gives, but the blocks' weights are on the meta device for good: nothing of them is read.
+
+    Quantized checkpoints are welcome. Raises InputError for a missing, damaged or unsupported checkpoint.
+    """
+    config = load_config(path)
+    form = packed_format(config, path)
+    check_weight_files(path)
+    stored = list(_stored_tensors(path))
     with unusable_weights_are_said(path):
         skeleton, _ = dense_skeleton(config)
-        # whatever lies in a list, as decoder blocks do, is promised; of the rest, tied weights have to be compared
-        for number, one in enumerate(stored, 1):
-            in_list = any(part.isdigit() for part in one.name.split("."))
-            state[one.name] = _Promise(number, one) if in_list else _read_one(one)
-        with quiet_transformers():
-            factory: Any = type(skeleton)  # the Auto class insists on a path
-            network, info = factory.from_pretrained(
-                None, config=skeleton.config, state_dict=state, dtype=_dtype(config, stored), output_loading_info=True
-            )
-        refuse_missing(path, info["missing_keys"])
-        if network.can_generate():
-            network.generation_config = _generation_config(path)
-        return BlockStream(network.eval().requires_grad_(False), stored, device)
+        if form is None:
+            return _with_promises(path, skeleton, stored, _dtype(config, stored))
+        shapes = {name: tuple(tensor.shape) for name, tensor in _tensors(skeleton)}
+        layers = {layer for layer, _, part in (one.name.rpartition(".") for one in stored) if part == form.parts[0]}
+        if unknown := sorted(layer for layer in layers if f"{layer}.weight" not in shapes):
+            raise InputError(f"{path}: {unknown[0]} is no layer of the model", hint="does config.json belong to it?")
+        parts = {f"{layer}.{part}" for layer in layers for part in form.parts}
+        stored = [one for one in stored if one.name not in parts]
+        stored += [_Stored(name, path, shapes[name]) for name in (f"{layer}.weight" for layer in sorted(layers))]
+        return _with_promises(path, skeleton, stored, config.dtype or torch.float16)
+
+
+def _with_promises(path: Path, skeleton: PreTrainedModel, stored: list[_Stored], dtype: torch.dtype) -> PreTrainedModel:
+    """Load what lies in no list; what does, as decoder blocks do, is promised. Of the rest, tied weights have to be
+    compared.
+    """
+    state: dict[str, Any] = {}
+    for number, one in enumerate(stored, 1):
+        in_list = any(part.isdigit() for part in one.name.split("."))
+        state[one.name] = _Promise(number, one) if in_list else _read_one(one)
+    with quiet_transformers():
+        factory: Any = type(skeleton)  # the Auto class insists on a path
+        network, info = factory.from_pretrained(
+            None, config=skeleton.config, state_dict=state, dtype=dtype, output_loading_info=True
+        )
+    refuse_missing(path, info["missing_keys"])
+    if network.can_generate():
+        network.generation_config = _generation_config(path)
+    loaded: PreTrainedModel = network.eval().requires_grad_(False)
+    return loaded
 
 
 def _stored_tensors(path: Path) -> Iterator[_Stored]:
