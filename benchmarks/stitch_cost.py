@@ -10,6 +10,7 @@ soon as they are measured: 7 GB at once with the defaults.
 """
 
 import argparse
+import functools
 import json
 import os
 import subprocess
@@ -48,11 +49,12 @@ from ctp_cli.stages.stitch import stitch
 def io():
     return {k: int(v) for k, v in (line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())}
 prompt, model, output = map(Path, sys.argv[1:])
-before, started = io(), time.perf_counter()
+before, started, cpu = io(), time.perf_counter(), time.process_time()
 report = stitch(StitchSection(), prompt_path=prompt, model_path=model, output=output)
-seconds, after = time.perf_counter() - started, io()
+seconds, cpu, after = time.perf_counter() - started, time.process_time() - cpu, io()
 print(json.dumps({
     "seconds": seconds,
+    "cpu": cpu,
     "read": after["read_bytes"] - before["read_bytes"],
     "written": after["write_bytes"] - before["write_bytes"],
     "weights_written": report.written_bytes,
@@ -95,15 +97,21 @@ def _zeros(block: Block, settings: LayerFormat | None) -> Iterator[tuple[str, to
         full_name = f"{block.name}.{name}"
         if settings is None or full_name not in layers:
             yield full_name, torch.zeros(tensor.shape, dtype=torch.bfloat16)
-            continue
-        outputs, inputs = tensor.shape
-        codes = Codes(
-            codes_OI=torch.full((outputs, inputs), 8, dtype=torch.uint8),
-            scales_OG=torch.ones(outputs, inputs // GROUP),
-            zeros_OG=torch.full((outputs, inputs // GROUP), 8, dtype=torch.uint8),
-            g_idx_I=(torch.arange(inputs) // GROUP).int(),
-        )
-        yield from settings.pack(layers[full_name].name, codes).items()
+        else:
+            for part, packed in _packed_zeros(settings, *tensor.shape).items():
+                yield f"{layers[full_name].name}.{part}", packed.clone()
+
+
+@functools.cache
+def _packed_zeros(settings: LayerFormat, outputs: int, inputs: int) -> dict[str, torch.Tensor]:
+    middle = 2 ** (BITS - 1)
+    codes = Codes(
+        codes_OI=torch.full((outputs, inputs), middle, dtype=torch.uint8),
+        scales_OG=torch.ones(outputs, inputs // GROUP),
+        zeros_OG=torch.full((outputs, inputs // GROUP), middle, dtype=torch.uint8),
+        g_idx_I=(torch.arange(inputs) // GROUP).int(),
+    )
+    return {name.removeprefix("layer."): tensor for name, tensor in settings.pack("layer", codes).items()}
 
 
 def _tokenizer(count: int) -> PreTrainedTokenizerFast:
@@ -131,7 +139,18 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="On the disk to measure; the system's temporary one by default.")
     given = parser.parse_args()
     print(f"width {given.width}, vocabulary {given.vocabulary}, prompt of {given.tokens} tokens; MB = 10^6 bytes")
-    header = ("format", "layers", "blocks MB", "seconds", "read MB", "written MB", "tables MB", "linked MB", "peak MB")
+    header = (
+        "format",
+        "layers",
+        "blocks MB",
+        "seconds",
+        "CPU s",
+        "read MB",
+        "written MB",
+        "tables MB",
+        "linked MB",
+        "peak MB",
+    )
     print("  ".join(header))
     for name in given.formats:
         for layers in given.layers:
@@ -159,7 +178,7 @@ def main() -> None:
                     raise SystemExit(done.stderr)
                 found = json.loads(done.stdout.splitlines()[-1])
                 sizes = [found[key] / 1e6 for key in ("read", "written", "weights_written", "linked", "peak")]
-                figures = [in_blocks / 1e6, found["seconds"], *sizes]
+                figures = [in_blocks / 1e6, found["seconds"], found["cpu"], *sizes]
                 print("  ".join([name, str(layers), *(f"{x:.1f}" for x in figures)]), flush=True)
 
 
