@@ -19,7 +19,7 @@ def bench(
     prompt: Annotated[Path | None, typer.Option(help="Prompt file; random rows otherwise.")] = None,
     seqlen: Annotated[int | None, typer.Option(help="Text tokens before the first generated one.")] = None,
     new_tokens: Annotated[int | None, typer.Option(help="Tokens generated to time one.")] = None,
-    rounds: Annotated[int | None, typer.Option(help="Measurements per configuration; confidence intervals take 6.")] = None,
+    rounds: Annotated[int | None, typer.Option(help="Measurements of each; 6 or more give intervals.")] = None,
     max_latency_ms: Annotated[float | None, typer.Option(help="Exit with 4 if a token takes longer.")] = None,
     kernels: Annotated[
         bool, typer.Option("--kernels", help="Time products with packed layers instead.", rich_help_panel="Kernels")
