@@ -229,6 +229,18 @@ class StitchSection(Section):
     format: Literal["vocab", "peft", "kv"] = "vocab"
     """vocab: new tokens of an ordinary checkpoint; peft: an adapter, which for a kv-prefix is one of prefix tuning;
     kv: the keys and values the prompt has on this checkpoint."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Of the tensors written: for vocab, embedding table and head; config.json then says the same, in which engines
+    load the whole checkpoint. auto: vocab keeps the checkpoint's; an adapter or cache is float32, like the prompt."""
+    vocab_multiple: Annotated[int, Field(ge=1, le=65_536)] | None = None
+    """Rows without a token behind the prompt's make the vocabulary a multiple of this (pad_to_multiple_of), for tensor
+    cores and tensor parallelism. None: of 64 where the checkpoint's is."""
+
+    @model_validator(mode="after")
+    def _has_a_vocabulary(self) -> "StitchSection":
+        if self.vocab_multiple is not None and self.format != "vocab":
+            raise ValueError(f"vocab_multiple pads a vocabulary, and format {self.format} has none: use format vocab")
+        return self
 
 
 class EvalSection(Section):
@@ -256,8 +268,9 @@ class BenchSection(Section):
     """Text tokens before the first generated one."""
     new_tokens: Annotated[int, Field(ge=2)] = 16
     """Tokens generated to time one of them."""
-    rounds: Annotated[int, Field(ge=1)] = 5
-    """Each configuration is measured once per round; configurations take turns."""
+    rounds: Annotated[int, Field(ge=1)] = 6
+    """Each configuration is measured once per round; configurations take turns. 6 are the fewest for a confidence
+    interval of 95%."""
     packed: bool = False
     """Keep the weights of a quantized checkpoint packed in memory, and multiply by the kernels for that."""
     max_latency_ms: Annotated[float, Field(gt=0)] | None = None

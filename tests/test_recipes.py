@@ -65,3 +65,12 @@ def test_commands_state_no_defaults_of_their_own(section: type) -> None:
 def test_a_stage_without_what_it_needs_is_refused() -> None:
     with pytest.raises(RecipeError, match="stitch needs the prompt"):
         build(Recipe, {"output": "x", "compress": {"bits": 4}, "stitch": {}})
+
+
+def test_a_recipe_stitches_with_the_options_of_the_command(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text("output: x\nlearn: {}\nstitch: {dtype: float16, vocab_multiple: 128}\n")
+    section = load(tmp_path / "r.yaml", ["stitch.vocab_multiple=64"]).stitch
+    assert section is not None and (section.dtype, section.vocab_multiple) == ("float16", 64)
+    (tmp_path / "r.yaml").write_text("output: x\nlearn: {}\nstitch: {format: kv, vocab_multiple: 64}\n")
+    with pytest.raises(RecipeError, match="stitch: vocab_multiple pads a vocabulary"):
+        load(tmp_path / "r.yaml")

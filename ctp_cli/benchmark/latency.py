@@ -3,7 +3,7 @@
 from dataclasses import asdict
 from typing import Any
 
-from ctp_kernels.profiling import LatencyReport, LatencyRow, Quartiles
+from ctp_kernels.profiling import CONFIDENCE, LatencyReport, LatencyRow, PairedRatio, Quartiles
 
 COLUMNS = (
     "prompt tokens",
@@ -17,7 +17,9 @@ COLUMNS = (
 
 
 def table_rows(report: LatencyReport) -> list[list[str]]:
-    """One row per configuration, under COLUMNS; times and ratios as median (first to third quartile)."""
+    """One row per configuration, under COLUMNS; times as median (first to third quartile), ratios as median
+    [confidence interval].
+    """
     return [
         [
             str(row.prompt_tokens),
@@ -45,7 +47,7 @@ def caption(report: LatencyReport) -> str:
     return (
         f"{report.seqlen} text tokens, {report.new_tokens} generated, batch size 1, "
         f"{report.dtype} on {report.device}{threads}; "
-        f"median (quartiles) of {report.rounds} rounds, ratios within each round. "
+        f"median (quartiles) of {report.rounds} rounds; ratios within each round, {_interval(report)}. "
         f"Memory beyond the {report.weight_bytes / 1e6:.1f} MB of weights: {report.memory_method}."
     )
 
@@ -64,5 +66,15 @@ def _spread(quartiles: Quartiles, digits: int) -> str:
     return f"{quartiles.median:.{digits}f} ({quartiles.low:.{digits}f} to {quartiles.high:.{digits}f})"
 
 
-def _ratio(row: LatencyRow, ratio: Quartiles) -> str:
-    return _spread(ratio, 3) if row.prompt_tokens else "1"
+def _interval(report: LatencyReport) -> str:
+    if any(row.first_token_ratio.confidence_low is None for row in report.rows):
+        return f"too few for a {CONFIDENCE:.0%} confidence interval, which takes 6 rounds"
+    return f"[{CONFIDENCE:.0%} confidence interval of the median, between order statistics]"
+
+
+def _ratio(row: LatencyRow, ratio: PairedRatio) -> str:
+    if not row.prompt_tokens:
+        return "1"
+    if ratio.confidence_low is None:
+        return _spread(ratio, 3)
+    return f"{ratio.median:.3f} [{ratio.confidence_low:.3f} to {ratio.confidence_high:.3f}]"

@@ -19,7 +19,7 @@ def bench(
     prompt: Annotated[Path | None, typer.Option(help="Prompt file; random rows otherwise.")] = None,
     seqlen: Annotated[int | None, typer.Option(help="Text tokens before the first generated one.")] = None,
     new_tokens: Annotated[int | None, typer.Option(help="Tokens generated to time one.")] = None,
-    rounds: Annotated[int | None, typer.Option(help="Measurements per configuration.")] = None,
+    rounds: Annotated[int | None, typer.Option(help="Measurements of each; 6 or more give intervals.")] = None,
     packed: Annotated[
         bool | None, typer.Option("--packed/--no-packed", help="Keep quantized weights packed in memory.")
     ] = None,

@@ -18,6 +18,15 @@ def stitch(
     format: Annotated[
         str | None, typer.Option(help="vocab (any engine serves it), peft (an adapter) or kv (a filled cache).")
     ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="auto, float32, bfloat16 or float16: of the tensors written, and what config.json then says."
+        ),
+    ] = None,
+    vocab_multiple: Annotated[
+        int | None, typer.Option(help="Pad the vocabulary behind the prompt's tokens to a multiple of this.")
+    ] = None,
     output: Output = None,
     force: Force = False,
     json: Json = False,
@@ -29,9 +38,10 @@ def stitch(
     ctp stitch prompt.safetensors model/
     ctp stitch my-prompt/ newly-compressed-model/ --format peft -o adapter
     ctp stitch my-prefix/ model/ --format kv
+    ctp stitch prompt.safetensors model/ --dtype float16 --vocab-multiple 128
     """
     console = Console(quiet=quiet, json_mode=json)
-    section = build(StitchSection, {"format": format})
+    section = build(StitchSection, {"format": format, "dtype": dtype, "vocab_multiple": vocab_multiple})
     from ctp_cli.models.resolve import resolve_model
     from ctp_cli.prompts.file import load_prompt
     from ctp_cli.stages import stitch as stage
@@ -50,6 +60,8 @@ def stitch(
     for note in report.notes:
         console.note(f"note: {note}")
     rows = [("linked, unread", size_text(report.linked_bytes)), ("written", size_text(report.written_bytes))]
+    if report.copied_bytes:
+        rows.append(("of which copied unchanged", size_text(report.copied_bytes)))
     if report.mass_mean is not None and report.mass_max is not None:
         rows.append(
             (

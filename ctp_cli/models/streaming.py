@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
-from ctp_cli.errors import UnsupportedModelError
+from ctp_cli.errors import InputError, UnsupportedModelError
 from ctp_cli.models.blocks import Block, find_blocks
 from ctp_cli.models.loading import (
     Promise,
@@ -20,11 +20,15 @@ from ctp_cli.models.loading import (
     dense_skeleton,
     load_config,
     load_model,
+    packed_format,
     quiet_transformers,
     refuse_missing,
     unusable_weights_are_said,
     weight_files,
 )
+
+_MOST_PACKED = 16
+"""Weights that one stored number holds: 2 bits each in 32."""
 
 
 @dataclass(frozen=True)
@@ -100,23 +104,58 @@ def stream_model(path: Path, *, device: str = "cpu") -> BlockStream:
     """
     config = load_config(path)
     values = check_weight_files(path)
-    stored: list[_Stored] = []
-    state: dict[str, Any] = {}
     with unusable_weights_are_said(path):
         skeleton, _ = dense_skeleton(config)
         check_size(path, skeleton, values)
-        for number, (one, tensor) in enumerate(_stored_tensors(path), 1):
-            stored.append(one)
-            state[one.name] = Promise(number, one.shape) if tensor is None else tensor
-        with quiet_transformers():
-            factory: Any = type(skeleton)  # the Auto class insists on a path
-            network, info = factory.from_pretrained(
-                None, config=skeleton.config, state_dict=state, dtype=_dtype(config, stored), output_loading_info=True
-            )
-        refuse_missing(path, info["missing_keys"])
-        if network.can_generate():
-            network.generation_config = _generation_config(path)
-        return BlockStream(network.eval().requires_grad_(False), stored, device)
+        stored = list(_stored_tensors(path))
+        names = [one for one, _ in stored]
+        return BlockStream(_with_promises(path, skeleton, stored, _dtype(config, names)), names, device)
+
+
+def load_without_blocks(path: Path) -> PreTrainedModel:
+    """What `load_model` gives, but the blocks' weights are on the meta device for good: nothing of them is read.
+
+    Quantized checkpoints are welcome. Raises InputError for a missing, damaged or unsupported checkpoint.
+    """
+    config = load_config(path)
+    form = packed_format(config, path)
+    values = check_weight_files(path)
+    with unusable_weights_are_said(path):
+        skeleton, _ = dense_skeleton(config)
+        check_size(path, skeleton, values * (1 if form is None else _MOST_PACKED))
+        stored = list(_stored_tensors(path))
+        if form is None:
+            return _with_promises(path, skeleton, stored, _dtype(config, [one for one, _ in stored]))
+        shapes = {name: tuple(tensor.shape) for name, tensor in _tensors(skeleton)}
+        layers = {layer for layer, _, part in (one.name.rpartition(".") for one, _ in stored) if part == form.parts[0]}
+        if unknown := sorted(layer for layer in layers if f"{layer}.weight" not in shapes):
+            raise InputError(f"{path}: {unknown[0]} is no layer of the model", hint="does config.json belong to it?")
+        parts = {f"{layer}.{part}" for layer in layers for part in form.parts}
+        stored = [(one, tensor) for one, tensor in stored if one.name not in parts]
+        stored += [
+            (_Stored(name, path, shapes[name]), None) for name in (f"{layer}.weight" for layer in sorted(layers))
+        ]
+        return _with_promises(path, skeleton, stored, config.dtype or torch.float16)
+
+
+def _with_promises(
+    path: Path, skeleton: PreTrainedModel, stored: list[tuple[_Stored, Tensor | None]], dtype: torch.dtype
+) -> PreTrainedModel:
+    """Load the tensors that are there; those that are None are promised."""
+    state: dict[str, Any] = {
+        one.name: Promise(number, one.shape) if tensor is None else tensor
+        for number, (one, tensor) in enumerate(stored, 1)
+    }
+    with quiet_transformers():
+        factory: Any = type(skeleton)  # the Auto class insists on a path
+        network, info = factory.from_pretrained(
+            None, config=skeleton.config, state_dict=state, dtype=dtype, output_loading_info=True
+        )
+    refuse_missing(path, info["missing_keys"])
+    if network.can_generate():
+        network.generation_config = _generation_config(path)
+    loaded: PreTrainedModel = network.eval().requires_grad_(False)
+    return loaded
 
 
 def _stored_tensors(path: Path) -> Iterator[tuple[_Stored, Tensor | None]]:

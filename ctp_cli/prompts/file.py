@@ -93,14 +93,26 @@ class KvPrefix:
 AnyPrompt = Prompt | KvPrefix
 
 
-def save_prompt(path: Path, prompt: AnyPrompt) -> None:
-    """Write the prompt to `path`; whoever reads it meanwhile sees the old file or the new one, never a part."""
+def save_prompt(path: Path, prompt: AnyPrompt, *, dtype: torch.dtype | None = None) -> None:
+    """Write the prompt to `path`; whoever reads it meanwhile sees the old file or the new one, never a part.
+
+    `dtype` None is float32. Raises InputError for numbers that do not fit into another.
+    """
     name, tensor = (TENSOR, prompt.embeddings) if isinstance(prompt, Prompt) else (KV_TENSOR, prompt.key_values)
+    tensor = in_dtype(tensor, dtype)
     header = {field.name: getattr(prompt.metadata, field.name) for field in fields(PromptMetadata)}
     strings = {name: str(value) for name, value in header.items() if value is not None}
     with whole_file(path) as beside:
         save_file({name: tensor.detach().cpu().contiguous()}, beside, metadata=strings)
         _sort_header(beside)
+
+
+def in_dtype(x: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+    """x in another dtype, None for its own. Raises InputError for numbers that do not fit."""
+    cast = x if dtype is None else x.to(dtype)
+    if not torch.isfinite(cast).all():
+        raise InputError(f"not all numbers of the prompt fit into {dtype}", hint="use --dtype bfloat16 or float32")
+    return cast
 
 
 def _sort_header(file: Path) -> None:

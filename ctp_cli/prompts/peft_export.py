@@ -10,16 +10,22 @@ from transformers import PreTrainedModel
 from ctp_cli.errors import UnsupportedModelError
 from ctp_cli.files import whole_file, write_json
 from ctp_cli.models.loading import decoder_embedding
-from ctp_cli.prompts.file import KvPrefix, Prompt
+from ctp_cli.prompts.file import KvPrefix, Prompt, in_dtype
 
 _NO_BOS = "the prompt was learned without a BOS token: tokenize text with add_special_tokens=False"
 
 
 @torch.no_grad()
 def export_peft(
-    prompt: Prompt, folder: Path, *, model: PreTrainedModel, base_name: str, bos_id: int | None
+    prompt: Prompt,
+    folder: Path,
+    *,
+    model: PreTrainedModel,
+    base_name: str,
+    bos_id: int | None,
+    dtype: torch.dtype | None = None,
 ) -> tuple[str, ...]:
-    """Write adapter_config.json and adapter_model.safetensors; return notes for the user.
+    """Write adapter_config.json and adapter_model.safetensors (`dtype` None: float32); return notes for the user.
 
     PEFT puts its rows before everything, a BOS included. A prompt that stands after a BOS (`bos_id` given)
     therefore takes the BOS token's embedding along as its first row, and text is given without one.
@@ -34,7 +40,7 @@ def export_peft(
     _write(
         folder,
         model,
-        rows,
+        in_dtype(rows, dtype),
         {
             "peft_type": "PROMPT_TUNING",
             "base_model_name_or_path": base_name,
@@ -48,7 +54,9 @@ def export_peft(
     return (_NO_BOS,)
 
 
-def export_peft_prefix(prefix: KvPrefix, folder: Path, *, model: PreTrainedModel, base_name: str) -> tuple[str, ...]:
+def export_peft_prefix(
+    prefix: KvPrefix, folder: Path, *, model: PreTrainedModel, base_name: str, dtype: torch.dtype | None = None
+) -> tuple[str, ...]:
     """As `export_peft`, for an adapter of prefix tuning: rows (P, layers x 2 x heads x head width).
 
     Source: PEFT 0.21, peft/peft_model.py, get_prompt.
@@ -58,7 +66,7 @@ def export_peft_prefix(prefix: KvPrefix, folder: Path, *, model: PreTrainedModel
     _write(
         folder,
         model,
-        rows,
+        in_dtype(rows, dtype),
         {
             "peft_type": "PREFIX_TUNING",
             "base_model_name_or_path": base_name,

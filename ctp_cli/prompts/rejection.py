@@ -3,9 +3,10 @@
 A zero row is no way out: its logit 0 is not "impossible". The row must point away from the final hidden states.
 """
 
-# D=width of the head's input  N=hidden states  T=tokens
+# D=width of the head's input  H=hidden width  N=hidden states  T=tokens
 
-from collections.abc import Iterator
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from ctp_cli.errors import InputError
+from ctp_cli.models.blocks import find_blocks
 from ctp_cli.models.loading import decoder_embedding
 from ctp_cli.prompts.file import Prompt
 
@@ -33,8 +35,8 @@ Candidate = tuple[torch.Tensor, float | None]
 
 @dataclass(frozen=True, eq=False)
 class RejectionRow:
-    """A head row (D,) in the head's dtype, its bias if the head has one, and the probability left on the
-    prompt's tokens together: the mean and the maximum over the positions of the sample text."""
+    """A head row (D,), its bias if the head has one, and the probability left on the rejected tokens together: the
+    mean and the maximum over the positions of the sample text."""
 
     weight: torch.Tensor
     bias: float | None
@@ -60,32 +62,79 @@ def prompted_embeddings(
     return torch.cat([*parts, rows, embed(ids_T.to(rows.device))])[None]
 
 
-@torch.no_grad()
-def find_rejection_row(
-    model: PreTrainedModel, prompt: Prompt, sample_ids_T: torch.Tensor, *, bos_id: int | None
+def row_from_text(
+    model: PreTrainedModel,
+    prompt: Prompt,
+    sample_ids_T: torch.Tensor,
+    *,
+    bos_id: int | None,
+    tokens: int,
+    dtype: torch.dtype,
 ) -> RejectionRow:
-    """The head row for the prompt's tokens, chosen and measured on the model with the prompt before the
-    sample text.
+    """The head row for `tokens` tokens that are never to be predicted, chosen and measured on the model with the prompt
+    before the sample text. Its values are those of `dtype`.
 
     The row is fitted to half of the text and measured on all of it. Raises InputError if the probability
-    left on the prompt's tokens is above MAX_MASS anywhere.
+    left on the tokens is above MAX_MASS anywhere.
     """
-    head = output_head(model)
     start = (
         prompt.num_virtual_tokens + (bos_id is not None) - 1
     )  # the prompt's last position predicts the text's first token
     known_T = sample_ids_T[sample_ids_T < len(decoder_embedding(model).weight)]  # some tokenizers know more
     windows = list(_windows(model, known_T, start + 1))
     inputs = [prompted_embeddings(model, prompt, window, bos_id=bos_id) for window in windows]
+    return _find_row(model, inputs, start, tokens=tokens, dtype=dtype)
+
+
+def row_from_hidden_states(
+    model: PreTrainedModel, hidden_NH: torch.Tensor, *, tokens: int, dtype: torch.dtype
+) -> RejectionRow:
+    """As `row_from_text`, from outputs of the last decoder block; the blocks need no weights.
+
+    Raises InputError also for hidden states of another width than the model's.
+    """
+    width = model.config.get_text_config().hidden_size
+    if hidden_NH.shape[1] != width:
+        raise InputError(
+            f"the checkpoint's kept hidden states are {hidden_NH.shape[1]} wide, the model's are {width}",
+            hint="remove its folder calibration: the model is run instead, which takes longer",
+        )
+    embed = decoder_embedding(model).weight
+    with _last_block_gives(model, hidden_NH.to(embed.device, embed.dtype)):
+        return _find_row(model, [embed.new_zeros(1, 1, embed.shape[1])], 0, tokens=tokens, dtype=dtype)
+
+
+@contextlib.contextmanager
+def _last_block_gives(model: PreTrainedModel, hidden_NH: torch.Tensor) -> Iterator[None]:
+    """Every block does nothing but return these, whatever it is given."""
+    modules = [block.module for block in find_blocks(model)]
+    originals = [module.forward for module in modules]
+    # some families take a block's output, others the first element of it: of this, both are the hidden states
+    output_11NH = hidden_NH[None, None]
+    try:
+        for module in modules:
+            module.forward = lambda *_, **__: output_11NH
+        yield
+    finally:
+        for module, original in zip(modules, originals, strict=True):
+            module.forward = original
+
+
+@torch.no_grad()
+def _find_row(
+    model: PreTrainedModel, inputs: Sequence[torch.Tensor], start: int, *, tokens: int, dtype: torch.dtype
+) -> RejectionRow:
+    head = output_head(model)
     if head.bias is not None:
-        candidates: Iterator[Candidate] = iter([(torch.zeros_like(head.weight[0]), _LOWEST_BIAS)])
+        candidates: Iterator[Candidate] = iter([(torch.zeros_like(head.weight[0], dtype=dtype), _LOWEST_BIAS)])
     else:
-        hidden_ND = torch.cat([_final_hidden(model, x)[start:] for x in inputs[::2]])
-        candidates = ((row.to(head.weight.dtype), None) for row in _candidate_rows(hidden_ND.double()))
+        hidden = [_final_hidden(model, x)[start:] for x in inputs]
+        fitted_ND = torch.cat(hidden[::2]) if len(hidden) > 1 else hidden[0][::2]
+        candidates = ((row.to(dtype), None) for row in _candidate_rows(fitted_ND.double()))
     best: RejectionRow | None = None
     for weight, bias in candidates:
-        mass = torch.cat([_mass(model, x, weight, bias, prompt.num_virtual_tokens)[start:] for x in inputs])
-        found = RejectionRow(weight, bias, float(mass.mean()), float(mass.max()))
+        mass_N = torch.cat([_mass(model, x, weight.to(head.weight.dtype), bias, tokens)[start:] for x in inputs])
+        found = RejectionRow(weight, bias, float(mass_N.mean()), float(mass_N.max()))
         if best is None or found.mass_max < best.mass_max:
             best = found
         if best.mass_max <= TARGET_MASS:
@@ -142,7 +191,7 @@ def _final_hidden(model: PreTrainedModel, inputs_embeds: torch.Tensor) -> torch.
             model(inputs_embeds=inputs_embeds, use_cache=False)
     finally:
         handle.remove()
-    return seen[0][0]
+    return seen[0].flatten(0, -2)
 
 
 def _mass(
@@ -161,7 +210,7 @@ def _mass(
     handle = output_head(model).register_forward_hook(append)
     try:
         with where_slow(inputs_embeds):
-            logits = model(inputs_embeds=inputs_embeds, use_cache=False).logits[0].double()
+            logits = model(inputs_embeds=inputs_embeds, use_cache=False).logits.flatten(0, -2).double()
     finally:
         handle.remove()
     own = logits[:, -1] + torch.log(torch.tensor(float(tokens), dtype=torch.float64))

@@ -1,6 +1,7 @@
 """Vocabulary stitching: the prompt becomes new tokens of an ordinary checkpoint, which any engine serves.
 
-Only embedding table, output head and tokenizer are written; a file whose tensors do not change is linked.
+Only embedding table, output head and tokenizer are written; a file whose tensors do not change is linked. Of a
+checkpoint that keeps hidden states (`checkpoints/hidden_states.py`) no decoder block's weight is read either.
 """
 
 # R=rows of the embedding table  E=embedding width  D=width of the head's input
@@ -14,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.func import functional_call
 from transformers import (
@@ -26,6 +28,7 @@ from transformers import (
 from transformers.core_model_loading import revert_weight_conversion
 
 from ctp_cli.checkpoints.formats import FORMATS
+from ctp_cli.checkpoints.hidden_states import FILE as HIDDEN_STATES
 from ctp_cli.checkpoints.parts import reading
 from ctp_cli.errors import InputError, UnsupportedModelError
 from ctp_cli.files import read_json, whole_file, write_json
@@ -33,19 +36,23 @@ from ctp_cli.models.loading import decoder_embedding, dense_skeleton, weight_fil
 from ctp_cli.progress import SILENT, Progress
 from ctp_cli.prompts import shards
 from ctp_cli.prompts.file import Prompt
-from ctp_cli.prompts.rejection import RejectionRow, find_rejection_row, output_head
+from ctp_cli.prompts.rejection import RejectionRow, output_head, row_from_hidden_states, row_from_text
 from ctp_cli.prompts.vocab import StitchedTokenizer, check_saved_tokenizer, extend_tokenizer, save_tokenizer
 
 _COPIED = ("quantize_config.json", "LICENSE*", "NOTICE*")
 ORIGINAL = "original"
 """Folder inside a stitched checkpoint with the base's files as they were, weights apart."""
 _ORIGINALS = ("*.json", "*.jinja", "*.model", "*.txt")
+_ORIGINAL_TABLES = "tables.safetensors"
+"""In that folder: what the new tables, in another dtype, do not give back to the bit."""
+_WORTH_A_NOTE = 2**20
+"""Bytes copied; final norms and the like are less."""
 
 
 @dataclass(frozen=True)
 class StitchedCheckpoint:
-    """What stitching did. Bytes are those of weight files; masses are shares of the probability, see
-    rejection.py.
+    """What stitching did. Bytes are those of weight files, the copied among the written; masses are shares of the
+    probability, see rejection.py.
     """
 
     token_ids: tuple[int, ...]
@@ -54,11 +61,14 @@ class StitchedCheckpoint:
     mass_max: float
     linked_bytes: int
     written_bytes: int
+    copied_bytes: int
     text_positions: int | None
     """Positions that the prompt [and BOS] leaves for text, None if the model sets no limit."""
     notes: tuple[str, ...]
     base_rows: dict[str, int | None]
     """Rows that each changed tensor had in the base, None for one that was not there."""
+    base_dtypes: dict[str, str]
+    """Of those that were there."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +80,16 @@ class TableNames:
     head_bias: str | None
 
 
+@dataclass(frozen=True)
+class WrittenFiles:
+    """Bytes of weight files. Copied is what did not change and could not be linked; it is part of written."""
+
+    linked: int
+    written: int
+    copied: dict[str, tuple[int, str]]
+    """File of the base -> bytes, and why they were not linked."""
+
+
 def stitch_vocabulary(
     prompt: Prompt,
     *,
@@ -78,32 +98,44 @@ def stitch_vocabulary(
     base: Path,
     folder: Path,
     sample_ids: torch.Tensor,
+    hidden_states: torch.Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    vocab_multiple: int | None = None,
     progress: Progress = SILENT,
 ) -> StitchedCheckpoint:
     """Write into the empty `folder` the checkpoint `base` with the prompt as part of its vocabulary.
 
-    `model` and `tokenizer` are what `base` loads as; `sample_ids` (T,) are a few hundred tokens to measure on.
+    `model` and `tokenizer` are what `base` loads as. The head's new rows are measured on `hidden_states` (N, hidden
+    width), outputs of the last decoder block: then the model's blocks need no weights; without them, by running the
+    model on `sample_ids` (T,), a few hundred tokens. `dtype` None keeps the tables'; `vocab_multiple` counts rows.
     Raises InputError for a checkpoint that cannot carry a prompt: then `folder` holds nothing worth keeping.
     """
     names, saved = table_names(model.config)
     stored = _stored_names(names, saved, base)
     extended = extend_tokenizer(tokenizer, prompt.num_virtual_tokens, layout=prompt.metadata.layout)
-    rows = _row_count(decoder_embedding(model).weight.shape[0], extended.token_ids)
-    config = _stitched_config(base, rows)
+    old = _stored_tables(stored, base)
+    base_rows = len(old[stored.embedding])
+    rows = _row_count(base_rows, extended.token_ids, vocab_multiple)
+    rejected = tuple(sorted({*extended.token_ids, *range(base_rows, rows)}))
+    config = _stitched_config(base, rows, dtype)
     _check_only_tables_grow(model.config, rows, names)
-    bos_id = tokenizer.bos_token_id if prompt.metadata.layout == "bos-prompt-text" else None
+    written_dtype = dtype or old.get(stored.head, old[stored.embedding]).dtype
     progress.say("measuring the head rows of the prompt's tokens")
-    row = find_rejection_row(model, prompt, sample_ids, bos_id=bos_id)
-    tensors = _grown_tables(prompt, model, extended.token_ids, rows, row, stored)
+    if hidden_states is not None:
+        row = row_from_hidden_states(model, hidden_states, tokens=len(rejected), dtype=written_dtype)
+    else:
+        bos_id = tokenizer.bos_token_id if prompt.metadata.layout == "bos-prompt-text" else None
+        row = row_from_text(model, prompt, sample_ids, bos_id=bos_id, tokens=len(rejected), dtype=written_dtype)
+    tensors = _grown_tables(prompt, model, old, extended.token_ids, rows, rejected, row, stored, dtype)
 
     write_json(folder / "config.json", config)
-    _write_generation_config(base, model, extended.token_ids, folder)
+    _write_generation_config(base, model, rejected, folder)
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     save_tokenizer(extended, folder, model_max_length=positions)
     check_saved_tokenizer(extended, tokenizer, folder)
     progress.say("writing embedding table and head")
-    linked, written = write_tables(base, folder, tensors)
-    _keep_originals(base, folder / ORIGINAL)
+    files = write_tables(base, folder, tensors)
+    kept_bytes = _keep_originals(base, folder / ORIGINAL, old, tensors)
     for pattern in _COPIED:
         for path in base.glob(pattern):
             shards.link_or_copy(path, folder / path.name)
@@ -112,18 +144,23 @@ def stitch_vocabulary(
         vocabulary_rows=rows,
         mass_mean=row.mass_mean,
         mass_max=row.mass_max,
-        linked_bytes=linked,
-        written_bytes=written,
+        linked_bytes=files.linked,
+        written_bytes=files.written + kept_bytes,
+        copied_bytes=sum(size for size, _ in files.copied.values()),
         text_positions=None if positions is None else positions - len(extended.head_ids),
-        notes=(*extended.notes, *_notes(model, tensors[stored.head], extended)),
-        base_rows=_base_rows(model, tensors, base),
+        notes=(*extended.notes, *_notes(model, tensors[stored.head], extended, files, kept_bytes)),
+        base_rows={name: len(old[name]) if name in old else None for name in tensors},
+        base_dtypes={name: str(tensor.dtype).removeprefix("torch.") for name, tensor in old.items()},
     )
 
 
-def unstitch_vocabulary(stitched: Path, folder: Path, base_rows: dict[str, int | None]) -> tuple[int, int]:
-    """Write into the empty `folder` the checkpoint that `stitched` was made from. Returns the bytes linked and written.
+def unstitch_vocabulary(
+    stitched: Path, folder: Path, base_rows: dict[str, int | None], base_dtypes: dict[str, torch.dtype]
+) -> WrittenFiles:
+    """Write into the empty `folder` the checkpoint that `stitched` was made from.
 
-    `base_rows` is what `stitch_vocabulary` said. Raises InputError where the checkpoint is not as that left it.
+    `base_rows` and `base_dtypes` are what `stitch_vocabulary` said. Raises InputError where the checkpoint is not as
+    that left it.
     """
     files = weight_files(stitched)
     tensors = {}
@@ -135,9 +172,15 @@ def unstitch_vocabulary(stitched: Path, folder: Path, base_rows: dict[str, int |
                 part = handle.get_slice(name)
                 if part.get_shape()[0] < rows:
                     raise InputError(f"{stitched}: {name} has fewer rows than its base had", hint="stitch again")
-                tensors[name] = part[:rows]
+                cut = part[:rows]
+                tensors[name] = cut.to(base_dtypes.get(name, cut.dtype))
+    if (stitched / ORIGINAL / _ORIGINAL_TABLES).is_file():
+        shards.read_header(stitched / ORIGINAL / _ORIGINAL_TABLES)  # says what is wrong with a damaged file
+        tensors |= load_file(stitched / ORIGINAL / _ORIGINAL_TABLES)
     for path in (stitched / ORIGINAL).iterdir():
-        if path.name != "ctp.json":  # that of the base; the new checkpoint gets one of its own
+        if path.is_dir():
+            shutil.copytree(path, folder / path.name)
+        elif path.name not in ("ctp.json", _ORIGINAL_TABLES):  # the new checkpoint gets a manifest of its own
             shutil.copyfile(path, folder / path.name)
     for pattern in _COPIED:
         for path in stitched.glob(pattern):
@@ -146,16 +189,34 @@ def unstitch_vocabulary(stitched: Path, folder: Path, base_rows: dict[str, int |
     return write_tables(stitched, folder, tensors, dropped=base_rows.keys())
 
 
-def _keep_originals(base: Path, folder: Path) -> None:
+def _keep_originals(base: Path, folder: Path, old: dict[str, torch.Tensor], new: dict[str, torch.Tensor]) -> int:
+    """What unstitching needs beside the new tables. Returns the bytes of tables among it."""
     folder.mkdir()
     for path in {path for pattern in _ORIGINALS for path in base.glob(pattern)}:
         if not path.name.endswith(".index.json"):
             shutil.copyfile(path, folder / path.name)  # no link: whoever edits the base's would edit these
+    if (base / HIDDEN_STATES).is_file():
+        (folder / HIDDEN_STATES).parent.mkdir()
+        shutil.copyfile(base / HIDDEN_STATES, folder / HIDDEN_STATES)
+    lost = {name: t for name, t in old.items() if not torch.equal(new[name][: len(t)].to(t.dtype), t)}
+    if not lost:
+        return 0
+    with whole_file(folder / _ORIGINAL_TABLES) as beside:
+        save_file(lost, beside, metadata={"format": "pt"})
+    return (folder / _ORIGINAL_TABLES).stat().st_size
 
 
-def _base_rows(model: PreTrainedModel, tensors: dict[str, torch.Tensor], base: Path) -> dict[str, int | None]:
-    rows, held = decoder_embedding(model).weight.shape[0], weight_files(base)
-    return {name: rows if name in held else None for name in tensors}
+def _stored_tables(names: TableNames, base: Path) -> dict[str, torch.Tensor]:
+    """Embedding table, head and its bias as the files have them, those that are there; the model may have been loaded
+    in another dtype.
+    """
+    files = weight_files(base)
+    tables = {}
+    for name in (names.embedding, names.head, names.head_bias):
+        if name is not None and name in files:
+            with safe_open(files[name], "pt") as handle:
+                tables[name] = handle.get_tensor(name)
+    return tables
 
 
 def table_names(config: PretrainedConfig) -> tuple[TableNames, TableNames]:
@@ -224,41 +285,47 @@ def _stored_names(names: TableNames, saved: TableNames, base: Path) -> TableName
     return TableNames(embedding, spelling(names.head, saved.head) or saved.head, bias)
 
 
-def _row_count(base_rows: int, token_ids: Iterable[int]) -> int:
+def _row_count(base_rows: int, token_ids: Iterable[int], multiple: int | None) -> int:
     """Rows after stitching; a multiple of 64, which some engines want, where the base's count is one."""
     rows = max(base_rows, max(token_ids) + 1)
-    return rows if base_rows % 64 else -(-rows // 64) * 64
+    multiple = multiple or (1 if base_rows % 64 else 64)
+    return -(-rows // multiple) * multiple
 
 
 @torch.no_grad()
 def _grown_tables(
     prompt: Prompt,
     model: PreTrainedModel,
+    old: dict[str, torch.Tensor],
     token_ids: tuple[int, ...],
     rows: int,
+    rejected: tuple[int, ...],
     row: RejectionRow,
     names: TableNames,
+    dtype: torch.dtype | None,
 ) -> dict[str, torch.Tensor]:
-    """Embedding table (R, E), head (R, D) and bias (R,) by name, in the model's dtype.
+    """Embedding table (R, E), head (R, D) and bias (R,) by name, on the CPU, in `dtype` or that of the old ones.
 
-    New rows of padding, which no token owns, get the prompt tokens' head row as well.
+    `rejected` tokens, the prompt's and rows of padding behind them, which no token owns, get the rejection row.
     """
-    embedding, head = decoder_embedding(model), output_head(model)
-    old = embedding.weight
-    ids = torch.tensor(token_ids, device=old.device)
-    table_RE = old.new_zeros(rows, old.shape[1])
-    table_RE[: len(old)] = old
-    table_RE[ids] = (prompt.embeddings.to(old.device) / embedding_scale(embedding)).to(old.dtype)
-    head_RD = row.weight.to(head.weight.dtype).repeat(rows, 1)
-    head_RD[: len(head.weight)] = head.weight
-    head_RD[ids] = row.weight.to(head.weight.dtype)
-    tensors = {names.embedding: table_RE, names.head: head_RD}
+    table_VE = old[names.embedding]
+    head_VD = old.get(names.head, table_VE)
+    grown = {names.embedding: table_VE.new_zeros(rows, table_VE.shape[1], dtype=dtype)}
+    grown[names.embedding][: len(table_VE)] = table_VE
+    rows_PE = prompt.embeddings / embedding_scale(decoder_embedding(model))
+    grown[names.embedding][list(token_ids)] = rows_PE.to(grown[names.embedding].dtype)
+    grown[names.head] = head_VD.new_empty(rows, head_VD.shape[1], dtype=dtype)
+    grown[names.head][: len(head_VD)] = head_VD
+    grown[names.head][list(rejected)] = row.weight.to(grown[names.head])
     if names.head_bias is not None and row.bias is not None:
-        bias_R = head.bias.new_full((rows,), row.bias)
-        bias_R[: len(head.bias)] = head.bias
-        bias_R[ids] = row.bias
-        tensors[names.head_bias] = bias_R
-    return tensors
+        bias_V = old[names.head_bias]
+        grown[names.head_bias] = bias_V.new_empty(rows, dtype=dtype)
+        grown[names.head_bias][: len(bias_V)] = bias_V
+        grown[names.head_bias][list(rejected)] = row.bias
+    for name, tensor in grown.items():
+        if not torch.isfinite(tensor).all():
+            raise InputError(f"{name}: not all of its numbers fit into {tensor.dtype}", hint="use --dtype bfloat16")
+    return grown
 
 
 @torch.no_grad()
@@ -284,8 +351,8 @@ def embedding_scale(embedding: nn.Embedding) -> float:
     return scale
 
 
-def _stitched_config(base: Path, rows: int) -> dict[str, Any]:
-    """The base's own config.json with the new vocabulary size, untied; nothing else is touched."""
+def _stitched_config(base: Path, rows: int, dtype: torch.dtype | None) -> dict[str, Any]:
+    """The base's own config.json with the new vocabulary size, untied, and the dtype if there is a new one."""
     config = read_json(base / "config.json")
     sections = [config]
     if isinstance(config.get("text_config"), dict):
@@ -294,6 +361,8 @@ def _stitched_config(base: Path, rows: int) -> dict[str, Any]:
         if "vocab_size" in section or section is sections[-1]:
             section["vocab_size"] = rows
         section["tie_word_embeddings"] = False
+        if dtype is not None:  # both names, for readers old and new, which load everything in this one dtype
+            section |= dict.fromkeys(("dtype", "torch_dtype"), str(dtype).removeprefix("torch."))
     if "tokenizer_class" in config:
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
     return config
@@ -312,14 +381,14 @@ def _write_generation_config(base: Path, model: PreTrainedModel, token_ids: Iter
 
 def write_tables(
     base: Path, folder: Path, tensors: dict[str, torch.Tensor], dropped: Collection[str] = ()
-) -> tuple[int, int]:
-    """Link every file without changed or dropped tensors, copy the rest of the others, write the new ones. Returns the
-    bytes linked and written.
+) -> WrittenFiles:
+    """Link every file without changed or dropped tensors, copy the rest of the others, write the new ones.
 
     An index over old files would not do: transformers reads every tensor of every file it names.
     """
     weight_map: dict[str, str] = {}
-    linked = written = total = 0
+    copied: dict[str, tuple[int, str]] = {}
+    linked = total = 0
     index = weight_index(base)
     index_name = "model.safetensors.index.json" if index is None else index.name
     for source in sorted(set(weight_files(base).values())):
@@ -332,26 +401,40 @@ def write_tables(
         if kept == held and shards.link_or_copy(source, folder / name):
             linked += source.stat().st_size
         elif kept == held:
-            written += source.stat().st_size
+            copied[source.name] = source.stat().st_size, "it cannot be linked to from the output's file system"
         else:
-            written += shards.copy_without(source, folder / name, held - kept)
+            size = shards.copy_without(source, folder / name, held - kept)
+            copied[source.name] = size, "the embedding table or the head is in the same file"
         weight_map |= dict.fromkeys(kept, name)
         total += shards.read_header(folder / name).tensor_bytes
     vocabulary = folder / f"{index_name.partition('.')[0]}-vocabulary.safetensors"
     with whole_file(vocabulary) as beside:
-        save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, beside, metadata={"format": "pt"})
+        save_file(tensors, beside, metadata={"format": "pt"})
     weight_map |= dict.fromkeys(tensors, vocabulary.name)
-    written += vocabulary.stat().st_size
     total += shards.read_header(vocabulary).tensor_bytes
     write_json(folder / index_name, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
-    return linked, written
+    return WrittenFiles(linked, sum(size for size, _ in copied.values()) + vocabulary.stat().st_size, copied)
 
 
-def _notes(model: PreTrainedModel, head: torch.Tensor, extended: StitchedTokenizer) -> list[str]:
+def _notes(
+    model: PreTrainedModel,
+    head: torch.Tensor,
+    extended: StitchedTokenizer,
+    files: WrittenFiles,
+    kept_bytes: int,
+) -> list[str]:
     notes = []
     if output_head(model).weight is decoder_embedding(model).weight:
         megabytes = head.numel() * head.element_size() / 1e6
         notes.append(f"a tied model gains a dense head ({megabytes:,.0f} MB); --format peft avoids it")
     if not extended.tokenizer.chat_template:
         notes.append("the tokenizer has no chat template: engines get the prompt from the post-processor alone")
-    return notes
+    if kept_bytes:
+        notes.append(
+            f"the dtype cannot hold the old tables to the bit: kept for `ctp unstitch` ({kept_bytes / 1e6:,.0f} MB)"
+        )
+    return notes + [
+        f"{name}: {size / 1e6:,.0f} MB of unchanged weights copied, for {why}"
+        for name, (size, why) in files.copied.items()
+        if size >= _WORTH_A_NOTE
+    ]

@@ -10,6 +10,7 @@ from ctp_cli.artifact import MANIFEST, all_or_nothing, folder_fingerprint, manif
 from ctp_cli.checkpoints import writer
 from ctp_cli.checkpoints.conversion import converted_files
 from ctp_cli.checkpoints.formats import same_in
+from ctp_cli.checkpoints.hidden_states import FILE as HIDDEN_STATES
 from ctp_cli.errors import InputError
 from ctp_cli.files import read_json
 from ctp_cli.models.loading import check_weight_files, dense_skeleton, load_config, packed_format, weight_files
@@ -59,6 +60,9 @@ def convert(
         for path in {path for pattern in _COPIED for path in model.path.glob(pattern)}:
             if path.name not in _MADE_ANEW and not path.name.endswith(".index.json"):
                 shutil.copyfile(path, space.path / path.name)
+        if (model.path / HIDDEN_STATES).is_file():
+            (space.path / HIDDEN_STATES).parent.mkdir()
+            shutil.copyfile(model.path / HIDDEN_STATES, space.path / HIDDEN_STATES)
         writer.write_quantization(space.path, read_json(model.path / "config.json"), target)
         space.finish(
             {

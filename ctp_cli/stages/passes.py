@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from ctp_cli.checkpoints import writer
 from ctp_cli.checkpoints.formats import LayerFormat
+from ctp_cli.checkpoints.hidden_states import save_hidden_states
 from ctp_cli.compression.blockwise import FullBlock, LayerResult, compress_block
 from ctp_cli.compression.hessian import all_finite
 from ctp_cli.compression.solver import SolverRule
@@ -184,6 +185,8 @@ class Passes:
             report += rows
             self.progress.advance(note=_note(rows))
         self.model.close()
+        if processes.is_main:
+            save_hidden_states(folder, state.hidden_BTD)
         self.progress.finish()
         return report
 

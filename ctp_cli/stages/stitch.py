@@ -20,8 +20,10 @@ from ctp_cli.artifact import (
     refuse_existing,
     workspace,
 )
+from ctp_cli.checkpoints.hidden_states import load_hidden_states
 from ctp_cli.errors import InputError
 from ctp_cli.models.loading import decoder_embedding, load_model, load_tokenizer
+from ctp_cli.models.streaming import load_without_blocks
 from ctp_cli.progress import SILENT, Progress
 from ctp_cli.prompts.file import (
     PROMPT_FILE,
@@ -48,7 +50,8 @@ _SAMPLE_TOPIC = "typesseq"
 @dataclass(frozen=True)
 class StitchReport:
     """What was made. The masses are the probability left on the prompt's tokens over a sample of text, None
-    for an adapter, which has no tokens. Bytes are those of weight files: linked ones take no new space."""
+    for an adapter, which has no tokens. Bytes are those of weight files: linked ones take no new space, copied ones,
+    which could not be linked, are part of the written."""
 
     path: Path
     format: str
@@ -56,6 +59,7 @@ class StitchReport:
     mass_max: float | None
     linked_bytes: int
     written_bytes: int
+    copied_bytes: int
     notes: tuple[str, ...]
 
 
@@ -80,22 +84,28 @@ def stitch(
     tokenizer = load_tokenizer(model_path)
     if section.format == "vocab":
         check_tokenizer(tokenizer, layout=prompt.metadata.layout)  # before the weights are read
-    model = load_model(model_path)
+    hidden_ND = load_hidden_states(model_path)
+    runs = section.format == "kv" or not isinstance(prompt, Prompt) or hidden_ND is None
+    model = load_model(model_path) if runs else load_without_blocks(model_path)
     table = decoder_embedding(model).weight
     unverified = check_fits(prompt, tokenizer=tokenizer, embedding=table, model=str(model_path))
     inputs = _inputs(prompt_path, prompt, model_path, model, tokenizer)
     identity = {"stitch": section.model_dump(), **inputs}
+    if section.format == "vocab" and hidden_ND is None:
+        unverified += (f"{model_path.name} keeps no hidden states of its calibration: the model was run to measure on",)
     with (
         workspace(output, kind=KINDS[section.format], identity=identity, force=force) as space,
         all_or_nothing(space),
     ):
         if section.format == "kv":
-            report, details = _kv(space, prompt, model, model_path, unverified)
+            report, details = _kv(space, section, prompt, model, model_path, unverified)
         elif section.format == "peft":
-            report, details = _peft(space, prompt, model, tokenizer, model_path, unverified)
+            report, details = _peft(space, section, prompt, model, tokenizer, model_path, unverified)
         else:
             assert isinstance(prompt, Prompt)
-            report, details = _vocab(space, prompt, model, tokenizer, model_path, unverified, progress)
+            report, details = _vocab(
+                space, section, prompt, model, hidden_ND, tokenizer, model_path, unverified, progress
+            )
         base = manifest_of(model_path) or {}
         space.finish(
             {
@@ -118,8 +128,10 @@ def sample_ids(tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
 
 def _vocab(
     space: Workspace,
+    section: StitchSection,
     prompt: Prompt,
     model: PreTrainedModel,
+    hidden_ND: torch.Tensor | None,
     tokenizer: PreTrainedTokenizerBase,
     model_path: Path,
     notes: tuple[str, ...],
@@ -132,6 +144,9 @@ def _vocab(
         base=model_path,
         folder=space.path,
         sample_ids=sample_ids(tokenizer),
+        hidden_states=hidden_ND,
+        dtype=_dtype(section),
+        vocab_multiple=section.vocab_multiple,
         progress=progress,
     )
     report = StitchReport(
@@ -141,27 +156,38 @@ def _vocab(
         mass_max=made.mass_max,
         linked_bytes=made.linked_bytes,
         written_bytes=made.written_bytes,
+        copied_bytes=made.copied_bytes,
         notes=(*notes, *made.notes),
     )
     ids = made.token_ids
     return report, asdict(made) | {"token_ids": [ids[0], ids[-1]], "notes": report.notes}
 
 
+def _dtype(section: StitchSection) -> torch.dtype | None:
+    return None if section.dtype == "auto" else getattr(torch, section.dtype)
+
+
 def _kv(
-    space: Workspace, prompt: AnyPrompt, model: PreTrainedModel, model_path: Path, notes: tuple[str, ...]
+    space: Workspace,
+    section: StitchSection,
+    prompt: AnyPrompt,
+    model: PreTrainedModel,
+    model_path: Path,
+    notes: tuple[str, ...],
 ) -> tuple[StitchReport, dict[str, Any]]:
     if prompt.metadata.layout != "prompt-text":
         raise InputError("the prompt stands after a BOS token: its keys and values depend on it", hint="use vocab")
     key_values = key_values_of(prefix_of(prompt, model, name=str(model_path))).float()
     file = space.path / PROMPT_FILE
-    save_prompt(file, KvPrefix(key_values, replace(prompt.metadata, kind="kv-prefix")))
+    save_prompt(file, KvPrefix(key_values, replace(prompt.metadata, kind="kv-prefix")), dtype=_dtype(section))
     written = file.stat().st_size
-    report = StitchReport(space.output, "kv", None, None, linked_bytes=0, written_bytes=written, notes=notes)
+    report = StitchReport(space.output, "kv", None, None, 0, written_bytes=written, copied_bytes=0, notes=notes)
     return report, {"written_bytes": written, "notes": notes}
 
 
 def _peft(
     space: Workspace,
+    section: StitchSection,
     prompt: AnyPrompt,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -171,14 +197,14 @@ def _peft(
     bos_id = tokenizer.bos_token_id if prompt.metadata.layout == "bos-prompt-text" else None
     if prompt.metadata.layout == "bos-prompt-text" and bos_id is None:
         raise InputError("the prompt stands after a BOS token, which this tokenizer does not have")
-    base_name = str(model_path.resolve())
+    settings: dict[str, Any] = {"model": model, "base_name": str(model_path.resolve()), "dtype": _dtype(section)}
     if isinstance(prompt, Prompt):
-        notes = (*notes, *export_peft(prompt, space.path, model=model, base_name=base_name, bos_id=bos_id))
+        notes = (*notes, *export_peft(prompt, space.path, bos_id=bos_id, **settings))
     else:
         prefix_of(prompt, model, name=str(model_path))  # says why where it does not fit
-        notes = (*notes, *export_peft_prefix(prompt, space.path, model=model, base_name=base_name))
+        notes = (*notes, *export_peft_prefix(prompt, space.path, **settings))
     written = (space.path / "adapter_model.safetensors").stat().st_size
-    report = StitchReport(space.output, "peft", None, None, linked_bytes=0, written_bytes=written, notes=notes)
+    report = StitchReport(space.output, "peft", None, None, 0, written_bytes=written, copied_bytes=0, notes=notes)
     return report, {"written_bytes": written, "notes": notes}
 
 

@@ -6,9 +6,11 @@ time, greedy.
 """
 
 # P=prompt_tokens D=embedding_width T=text_tokens
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,12 +20,21 @@ from transformers.cache_utils import Cache
 
 from ctp_kernels.arithmetic import where_slow
 from ctp_kernels.memory import PeakMemory, watch_peak, weight_bytes
-from ctp_kernels.prefix import cache_bytes, cache_keyword, cache_of, check_width, fresh_copy, prefix_cache
+from ctp_kernels.prefix import (
+    cache_bytes,
+    cache_keyword,
+    cache_of,
+    check_width,
+    fresh_copy,
+    prefix_attention,
+    prefix_cache,
+)
 
 __all__ = [
     "Configuration",
     "LatencyReport",
     "LatencyRow",
+    "PairedRatio",
     "PositionsError",
     "Quartiles",
     "Sample",
@@ -54,6 +65,42 @@ class Quartiles:
         return cls(*statistics.quantiles(values, n=4, method="inclusive"))
 
 
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class PairedRatio(Quartiles):
+    """Ratios of two things timed in the same rounds, and a confidence interval of their median.
+
+    The interval lies between two order statistics (the sign test's): it holds for any distribution of the noise, as
+    long as rounds are independent. None where the rounds are too few for CONFIDENCE: fewer than 6.
+    """
+
+    confidence_low: float | None
+    confidence_high: float | None
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "PairedRatio":
+        quartiles, interval = Quartiles.of(values), median_interval(values)
+        return cls(quartiles.low, quartiles.median, quartiles.high, *(interval or (None, None)))
+
+
+def median_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> tuple[float, float] | None:
+    """The narrowest interval between order statistics that covers the median with at least this probability.
+
+    The k-th smallest and k-th largest of n miss it with probability 2 P(Binomial(n, 1/2) < k). None if even the
+    smallest and the largest value do not cover it.
+    """
+    ordered, n = sorted(values), len(values)
+    missed, k = 2.0 ** (1 - n), 1
+    if missed > 1 - confidence:
+        return None
+    while missed + math.comb(n, k) * 2.0 ** (1 - n) <= 1 - confidence:
+        missed += math.comb(n, k) * 2.0 ** (1 - n)
+        k += 1
+    return ordered[k - 1], ordered[n - k]
+
+
 @dataclass(frozen=True)
 class Configuration:
     """One thing to time. Without prompt tokens there is nothing to reuse."""
@@ -80,8 +127,8 @@ class LatencyRow:
     """From the text's arrival to its first new token; the making of a reused prefix is not part of it."""
     per_token_ms: Quartiles
     """Mean over the new tokens after the first."""
-    first_token_ratio: Quartiles
-    per_token_ratio: Quartiles
+    first_token_ratio: PairedRatio
+    per_token_ratio: PairedRatio
     peak_memory_bytes: int | None
     """Largest growth during one run (keys, values, activations, logits), beyond weights and kept prefixes."""
     prefix_bytes: int
@@ -204,7 +251,7 @@ class _Bench:
     def run(self, turn: Configuration) -> Sample:
         """One sequence: the text in, `new_tokens` out."""
         started = self._now()
-        with where_slow(self.embedding.weight):
+        with where_slow(self.embedding.weight), prefix_attention() if turn.prefix_reused else nullcontext():
             token_11, cache = self._next(**self._first_inputs(turn))
         first = self._now()
         for _ in range(self.new_tokens - 1):
@@ -254,8 +301,8 @@ def _row(
         prefix_reused=turn.prefix_reused,
         first_token_ms=Quartiles.of([s.first_token_ms for s in samples]),
         per_token_ms=Quartiles.of([s.per_token_ms for s in samples]),
-        first_token_ratio=Quartiles.of([s.first_token_ms / w.first_token_ms for s, w in pairs]),
-        per_token_ratio=Quartiles.of([s.per_token_ms / w.per_token_ms for s, w in pairs]),
+        first_token_ratio=PairedRatio.of([s.first_token_ms / w.first_token_ms for s, w in pairs]),
+        per_token_ratio=PairedRatio.of([s.per_token_ms / w.per_token_ms for s, w in pairs]),
         peak_memory_bytes=peak.growth_bytes,
         prefix_bytes=cache_bytes(prefix) if prefix is not None else 0,
         samples=tuple(samples),

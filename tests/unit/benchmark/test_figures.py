@@ -5,7 +5,7 @@ import sys
 
 import matplotlib.image
 import pytest
-from ctp_kernels.profiling import LatencyReport, LatencyRow, Quartiles, Sample
+from ctp_kernels.profiling import LatencyReport, LatencyRow, PairedRatio, Quartiles, Sample
 
 from ctp_cli.benchmark import figures
 
@@ -19,8 +19,8 @@ def latency_row(prompt_tokens, reused, first_ms, token_ms):
         prefix_reused=reused,
         first_token_ms=around(first_ms),
         per_token_ms=around(token_ms),
-        first_token_ratio=around(first_ms / 100),
-        per_token_ratio=around(token_ms / 10),
+        first_token_ratio=PairedRatio.of([first_ms / 100]),
+        per_token_ratio=PairedRatio.of([token_ms / 10]),
         peak_memory_bytes=3_400_000,
         prefix_bytes=1000 if reused else 0,
         samples=(Sample(first_ms, token_ms),),

@@ -69,7 +69,8 @@ def stored_tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 def files_of(folder: Path) -> dict[str, bytes]:
     """All bytes but those of the manifest, which holds times."""
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.name != "ctp.json"}
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != "ctp.json")
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 def block_linears(model: PreTrainedModel) -> set[str]:

@@ -1,9 +1,20 @@
 """Reusing a prompt's keys and values gives what plain transformers gives with the prompt before the text."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 import transformers
-from ctp_kernels.prefix import cache_bytes, cache_keyword, fresh_copy, prefix_cache
+from ctp_kernels.prefix import (
+    cache_bytes,
+    cache_keyword,
+    cache_with,
+    fresh_copy,
+    key_values_of,
+    prefix_attention,
+    prefix_cache,
+)
+from torch.overrides import TorchFunctionMode
 
 WIDTH, PROMPT, TEXT = 32, 5, 7
 _COMMON = {"vocab_size": 64, "hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -56,6 +67,54 @@ def test_text_after_a_reused_prefix_scores_as_with_the_prompt_in_front(model):
     prefix = prefix_cache(model, prompt_PD)
     logits = model(text_BT, **{cache_keyword(model): fresh_copy(prefix, batch_size=3)}).logits
     torch.testing.assert_close(logits, _oracle(model, prompt_PD, text_BT), atol=1e-5, rtol=1e-4)
+    with prefix_attention():
+        logits = model(text_BT, **{cache_keyword(model): fresh_copy(prefix, batch_size=3)}).logits
+    torch.testing.assert_close(logits, _oracle(model, prompt_PD, text_BT), atol=1e-5, rtol=1e-4)
+
+
+class _Masks(TorchFunctionMode):
+    """Counts attention with a mask and without, as they reach PyTorch."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.nn.functional.scaled_dot_product_attention:
+            self.seen.append((kwargs["attn_mask"] is not None, kwargs["is_causal"], *args[0].shape[-2:]))
+        return func(*args, **kwargs or {})
+
+
+@torch.no_grad()
+def test_attention_behind_a_prefix_is_causal_and_square_where_it_can_be():
+    model = transformers.AutoModelForCausalLM.from_config(CONFIGS["llama"]).eval()
+    prompt_PD, text_BT = _inputs(model, batch_size=2)
+    prefix = prefix_cache(model, prompt_PD)
+    padded_BS = torch.ones(2, PROMPT + TEXT, dtype=torch.long)
+    padded_BS[1, -2:] = 0
+
+    def seen(text_BT, **inputs):
+        with _Masks() as masks, prefix_attention():
+            model(text_BT, **{cache_keyword(model): fresh_copy(prefix, batch_size=2)}, **inputs)
+        return masks.seen
+
+    assert seen(text_BT) == [(False, True, PROMPT + TEXT, 8)] * 2
+    assert seen(text_BT, attention_mask=padded_BS) == [(True, False, TEXT, 8)] * 2  # padding needs its mask
+    assert seen(text_BT[:, :4]) == [(True, False, 4, 8)] * 2  # more empty queries than it saves
+    assert [masked for masked, *_ in seen(text_BT[:, :1])] == [False] * 2
+
+
+def test_gradients_go_through_attention_behind_a_prefix():
+    model = transformers.AutoModelForCausalLM.from_config(CONFIGS["llama"]).eval()
+    prompt_PD, text_BT = _inputs(model)
+    grads = []
+    for context in (nullcontext(), prefix_attention()):
+        prefix = prefix_cache(model, prompt_PD)
+        key_values = key_values_of(prefix).requires_grad_()
+        with context:
+            logits = model(text_BT, **{cache_keyword(model): cache_with(prefix, key_values, 1)}).logits
+        grads.append(torch.autograd.grad(logits.logsumexp(-1).sum(), key_values)[0])
+    torch.testing.assert_close(*grads)
 
 
 @torch.no_grad()

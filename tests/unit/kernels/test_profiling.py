@@ -7,7 +7,14 @@ import pytest
 import torch
 import transformers
 from ctp_kernels import memory, profiling
-from ctp_kernels.profiling import Configuration, Quartiles, measure_latency, random_prompt
+from ctp_kernels.profiling import (
+    Configuration,
+    PairedRatio,
+    Quartiles,
+    measure_latency,
+    median_interval,
+    random_prompt,
+)
 
 WIDTH = 16
 
@@ -109,7 +116,7 @@ def test_configurations_take_turns_and_every_run_is_reported():
 def test_ratios_pair_runs_of_the_same_round():
     report = _measure(_llama(), rounds=5)
     without = report.rows[0]
-    assert without.first_token_ratio == without.per_token_ratio == Quartiles(1, 1, 1)
+    assert without.first_token_ratio == without.per_token_ratio == PairedRatio(1, 1, 1, None, None)
     for row in report.rows:
         assert len(row.samples) == 5 and all(s.first_token_ms > 0 and s.per_token_ms > 0 for s in row.samples)
         ratios = [s.first_token_ms / w.first_token_ms for s, w in zip(row.samples, without.samples, strict=True)]
@@ -203,3 +210,16 @@ def test_peak_memory_sees_what_was_freed_before_the_end(monkeypatch, resettable)
     assert 0.9 * size < peak.growth_bytes < 1.5 * size
     assert small.growth_bytes < 0.1 * size, "the earlier peak was not forgotten"
     assert ("sampled" in peak.method) or resettable
+
+
+@pytest.mark.parametrize("rounds, place", [(6, 1), (9, 2), (15, 4), (20, 6), (25, 8), (50, 18)])
+def test_the_interval_of_a_median_is_that_of_the_sign_test(rounds, place):
+    # ranks as published tables of the sign test at 95% have them
+    values = [float(i) for i in range(1, rounds + 1)]
+    assert median_interval(values[::-1]) == (place, rounds + 1 - place)
+
+
+def test_few_rounds_have_no_interval():
+    assert median_interval([1.0, 2.0, 3.0, 4.0, 5.0]) is None
+    ratio = PairedRatio.of([1.0, 2.0, 3.0])
+    assert (ratio.median, ratio.confidence_low, ratio.confidence_high) == (2.0, None, None)

@@ -52,7 +52,7 @@ def load_case(base: Path, folder: Path, *, layout: str = "prompt-text", tokens: 
     return Case(base, model, AutoTokenizer.from_pretrained(base), prompt, folder)
 
 
-def stitched_case(base: Path, folder: Path, **settings: Any) -> Case:
+def stitched_case(base: Path, folder: Path, *, vocab_multiple: int | None = None, **settings: Any) -> Case:
     """Stitch with the library's own function, given what plain transformers loaded."""
     case = load_case(base, folder, **settings)
     folder.mkdir()
@@ -63,6 +63,7 @@ def stitched_case(base: Path, folder: Path, **settings: Any) -> Case:
         base=base,
         folder=folder,
         sample_ids=sample_ids(case.tokenizer),
+        vocab_multiple=vocab_multiple,
     )
     return case
 

@@ -6,13 +6,13 @@ import pytest
 import torch
 from peft import PeftModel
 from prompt_cases import load_case
-from tiny_models import tiny_model
+from tiny_models import FAMILIES, tiny_model
 
 from ctp_cli.prompts.peft_export import export_peft
 
 
 @pytest.mark.parametrize("layout", ["prompt-text", "bos-prompt-text"])
-@pytest.mark.parametrize("family", ["llama_tied_gqa", "opt350", "gemma", "gpt2", "bloom", "gpt_neox"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_logits_equal_those_of_inputs_embeds(family, layout, tmp_path):
     case = load_case(tiny_model(family, tmp_path / "base"), tmp_path / "adapter", layout=layout)
     case.folder.mkdir()

@@ -47,7 +47,7 @@ def test_bfloat16_models_agree_within_one_rounding_of_the_prompt(family, tmp_pat
     assert (logits[..., :VOCAB_SIZE] - case.expected_logits()).float().abs().max() <= tolerance
 
 
-@pytest.mark.parametrize("family", ["llama_tied_gqa", "gpt2"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_text_equals_that_of_inputs_embeds(family, tmp_path):
     case = stitched_case(tiny_model(family, tmp_path / "base"), tmp_path / "stitched")
     model, tokenizer = case.stitched()
@@ -60,7 +60,7 @@ def test_greedy_text_equals_that_of_inputs_embeds(family, tmp_path):
     inputs = tokenizer(TEXT, return_tensors="pt")
     found = model.generate(**inputs, do_sample=False, max_new_tokens=20)
     assert found[0, inputs["input_ids"].shape[1] :].tolist() == expected[0].tolist()
-    assert set(model.generation_config.suppress_tokens) == set(range(VOCAB_SIZE, VOCAB_SIZE + 9))
+    assert set(model.generation_config.suppress_tokens) == set(range(VOCAB_SIZE, 384))  # padding, too
 
 
 def test_a_process_without_ctp_serves_it(tmp_path):
@@ -131,7 +131,7 @@ def test_generation_settings_of_the_base_stay(tmp_path):
     case = stitched_case(base, tmp_path / "stitched")
     after = json.loads((case.folder / "generation_config.json").read_text())
     assert {**after, "suppress_tokens": [7]} == settings
-    assert after["suppress_tokens"] == [7, *case.made.token_ids]
+    assert after["suppress_tokens"][:10] == [7, *case.made.token_ids]
 
 
 def test_a_base_without_generation_settings_keeps_its_end_of_text(tmp_path):
