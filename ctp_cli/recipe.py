@@ -186,8 +186,13 @@ class LearnSection(Section):
     patience: Annotated[int, Field(ge=1)] = 10
     """Validations without a better prompt before learning stops."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    shard: bool = False
+    """Hold the frozen model in parts, one per process (FSDP2): for models that do not fit one device."""
+    dtype: Literal["auto", "checkpoint", "float32", "bfloat16"] = "auto"
+    """In which the frozen model is held and multiplied; the prompt is float32 in any case. auto: float32 on a processor
+    without 16-bit products where it takes at most half of the free memory, else the checkpoint's."""
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
-    """accelerate's; the frozen model keeps its checkpoint's dtype, the prompt is float32 in any case."""
+    """accelerate's. Where it is not `no`, dtype auto is the checkpoint's."""
     tracker: str | None = None
     """Of accelerate's: tensorboard, wandb, mlflow, ... Files go to the output's folder `logs`."""
 

@@ -41,7 +41,20 @@ def learn(
     learning_rate: Annotated[
         str | None, typer.Option("--lr", "--learning-rate", help="A number, or auto.", rich_help_panel=TRAINING)
     ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="Of the model's weights: auto, checkpoint, float32, bfloat16.", rich_help_panel=TRAINING),
+    ] = None,
     mixed_precision: Annotated[str | None, typer.Option(help="no, bf16 or fp16.", rich_help_panel=TRAINING)] = None,
+    shard: Annotated[
+        bool | None,
+        typer.Option(
+            "--shard/--no-shard",
+            "--fsdp",
+            help="Each process holds a part of the model (FSDP).",
+            rich_help_panel=TRAINING,
+        ),
+    ] = None,
     tracker: Annotated[
         str | None, typer.Option(help="tensorboard, wandb, ... (accelerate's).", rich_help_panel=TRAINING)
     ] = None,
@@ -76,7 +89,7 @@ def learn(
     ctp learn smollm2-135m-s50-w4 --max-time 10m
     ctp learn path/to/model --text mine.jsonl --tokens 50 --steps 500
     ctp learn model-s50-w4 model-w3 --method kv-prefix
-    torchrun --nproc-per-node 2 -m ctp_cli learn model
+    torchrun --nproc-per-node 2 -m ctp_cli learn model --shard
     """
     console = Console(quiet=quiet or follows(), json_mode=json)
     given = {
@@ -89,6 +102,8 @@ def learn(
         "batch_size": batch_size,
         "seqlen": seqlen,
         "learning_rate": learning_rate,
+        "dtype": dtype,
+        "shard": shard,
         "mixed_precision": mixed_precision,
         "tracker": tracker,
         "seed": seed,

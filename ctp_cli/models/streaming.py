@@ -73,6 +73,11 @@ class BlockStream:
         self._open = block
         _exchange(block.module, dict(self._read(block.module, self._of(block))))
 
+    def take(self, block: Block) -> nn.Module:
+        """A block with its weights, which are the caller's from then on; they take no memory from here."""
+        _exchange(block.module, dict(self._read(block.module, self._of(block))))
+        return block.module
+
     def close(self) -> None:
         """Forget the weights of the block that is in memory, and what was done to them."""
         if self._open is not None:
@@ -108,11 +113,12 @@ class BlockStream:
                 raise damaged(file, error) from None
 
 
-def stream_model(path: Path, *, device: str = "cpu") -> BlockStream:
+def stream_model(path: Path, *, dtype: torch.dtype | None = None, device: str = "cpu") -> BlockStream:
     """What `load_model` gives, with the weights of all blocks on the meta device until their turn.
 
-    Buffers that no checkpoint holds are made by transformers, as ever. Raises InputError for a missing, damaged or
-    unsupported checkpoint; UnsupportedModelError for a family whose weights are merged or split as they are loaded.
+    `dtype` None keeps the checkpoint's. Buffers that no checkpoint holds are made by transformers, as ever.
+    Raises InputError for a missing, damaged or unsupported checkpoint; UnsupportedModelError for a family whose weights
+    are merged or split as they are loaded.
     """
     config = load_config(path)
     check_weight_files(path)
@@ -127,7 +133,11 @@ def stream_model(path: Path, *, device: str = "cpu") -> BlockStream:
         with quiet_transformers():
             factory: Any = type(skeleton)  # the Auto class insists on a path
             network, info = factory.from_pretrained(
-                None, config=skeleton.config, state_dict=state, dtype=_dtype(config, stored), output_loading_info=True
+                None,
+                config=skeleton.config,
+                state_dict=state,
+                dtype=dtype or _dtype(config, stored),
+                output_loading_info=True,
             )
         refuse_missing(path, info["missing_keys"])
         if network.can_generate():

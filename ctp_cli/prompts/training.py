@@ -177,8 +177,9 @@ def learn(
         if accelerator.is_main_process:
             state.save(state_path)
     if teacher is not None:
-        if accelerator.is_main_process:
-            teacher.prepare(loop.batch, state.planned_steps, progress)
+        if teacher.is_sharded or accelerator.is_main_process:
+            writes = accelerator.is_main_process
+            teacher.prepare(loop.batch, state.planned_steps, writes=writes, progress=progress)
         accelerator.wait_for_everyone()
     progress.start("learn", state.planned_steps)
     progress.advance(state.step)

@@ -6,22 +6,33 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import LoggerType, ProjectConfiguration
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ctp_cli.artifact import file_fingerprint, folder_fingerprint, manifest_of, refuse_existing, unfinished, workspace
+from ctp_cli.artifact import (
+    IDENTITY,
+    file_fingerprint,
+    folder_fingerprint,
+    manifest_of,
+    refuse_existing,
+    unfinished,
+    workspace,
+)
 from ctp_cli.benchmark.figures import learning_figure
 from ctp_cli.data.sources import Text, known_names, load_text
 from ctp_cli.data.windows import token_ids, windows
 from ctp_cli.errors import InputError, RecipeError
 from ctp_cli.evaluation.perplexity import perplexity
-from ctp_cli.models.head import Scorer
+from ctp_cli.files import read_json
 from ctp_cli.models.loading import decoder_embedding, load_model, load_tokenizer
+from ctp_cli.models.precision import wider_is_faster
 from ctp_cli.models.resolve import ResolvedModel
+from ctp_cli.models.sharding import Frozen, load_sharded
 from ctp_cli.progress import SILENT, Progress
 from ctp_cli.prompts.file import (
     PROMPT_FILE,
@@ -34,7 +45,7 @@ from ctp_cli.prompts.file import (
 )
 from ctp_cli.prompts.losses import KvPrefixLoss, SoftPromptLoss
 from ctp_cli.prompts.teacher import FILES, Teacher
-from ctp_cli.prompts.training import LearningSettings, Progressing, learn
+from ctp_cli.prompts.training import LearningSettings, Progressing, from_main, learn
 from ctp_cli.recipe import LearnSection
 from ctp_cli.stages.compress import default_text
 from ctp_cli.stages.start import earlier_file, refuse_strangers, start
@@ -95,11 +106,11 @@ def learn_prompt(
         at_least=2,
     )
     earlier = earlier_file(section)
-    identity = {
+    identity: dict[str, Any] = {
         "models": [{"name": one.name, "sha256": folder_fingerprint(one.path)} for one in models],
         "teacher": None if teacher is None else folder_fingerprint(teacher.path),
         "init": None if earlier is None else file_fingerprint(earlier),
-        "learn": section.model_dump(exclude={"text", "validation", "tracker"}),
+        "learn": section.model_dump(exclude={"text", "validation", "tracker", "shard"}),
         "text": {"source": text.source, "sha256": text.sha256},
         "validation": {"source": validation.source, "sha256": validation.sha256},
     }
@@ -110,13 +121,29 @@ def learn_prompt(
             f"{accelerator.num_processes} processes",
             hint="choose a multiple",
         )
-    networks = [load_model(one.path, device=device) for one in models]
-    refuse_strangers(models, networks, tokenizer)
+    if section.shard and accelerator.num_processes == 1:
+        raise RecipeError(
+            "learn.shard: this is one process, which has to hold the whole model",
+            hint="start several: torchrun --nproc-per-node 2 -m ctp_cli learn ... --shard",
+        )
+    dtype = from_main(_dtype(section, models, device, output, accelerator.num_processes if section.shard else 1))
+    identity["learn"]["dtype"] = dtype
+    if dtype != section.dtype and dtype != "checkpoint":
+        progress.say(f"weights are held in {dtype}, which is faster on this processor; --dtype checkpoint: as stored")
+    held = None if dtype == "checkpoint" else getattr(torch, dtype)
+    networks = [_load(one.path, held, device, section.shard) for one in models]
+    if section.shard:
+        part, whole = (sum(size(n) for n in networks) / 1e9 for size in (Frozen.held_bytes, Frozen.whole_bytes))
+        progress.say(
+            f"weights are sharded over {accelerator.num_processes} processes: {part:.2f} of {whole:.2f} GB in each"
+        )
+    tables = [one(lambda model: fingerprint_embedding(decoder_embedding(model).weight)) for one in networks]
+    refuse_strangers(models, tables, tokenizer)
     if teacher is not None and fingerprint_tokenizer(load_tokenizer(teacher.path)) != fingerprint_tokenizer(tokenizer):
         raise InputError(
             f"{teacher.path} has another tokenizer than {model.path}", hint="a teacher reads the same tokens"
         )
-    begin = start(section, networks[0], tokenizer, ids_T, model)
+    begin = networks[0](lambda network: start(section, network, tokenizer, ids_T, model))
     module = (SoftPromptLoss if section.method == "soft-prompt" else KvPrefixLoss)(networks, begin)
     main = accelerator.is_main_process
     place = workspace(output, kind=KIND, identity=identity, force=force) if main else contextlib.nullcontext()
@@ -127,14 +154,14 @@ def learn_prompt(
             progress.say(f"going on with the unfinished work in {space.path}")
 
         def validate(*, prompted: bool = True) -> float:
+            prefixes = [module.prefix(which) if prompted else None for which in range(len(networks))]
             values = [
-                perplexity(
-                    network,
-                    selection_NT,
-                    prefix=module.prefix(which) if prompted else None,
-                    batch_size=section.batch_size,
+                one(
+                    lambda network, prefix=prefix: perplexity(
+                        network, selection_NT, prefix=prefix, batch_size=section.batch_size
+                    )
                 ).value()
-                for which, network in enumerate(networks)
+                for one, prefix in zip(networks, prefixes, strict=True)
             ]
             return math.exp(sum(map(math.log, values)) / len(values))
 
@@ -158,7 +185,8 @@ def learn_prompt(
             return report
         prompt_type = Prompt if section.method == "soft-prompt" else KvPrefix
         prompt = prompt_type(
-            module.learned(state.best), _metadata(section, models, networks[0], tokenizer, text, validation, state)
+            module.learned(state.best),
+            _metadata(section, models, networks[0].model, tables[0], tokenizer, text, validation, state),
         )
         save_prompt(space.path / PROMPT_FILE, prompt)
         names = ", ".join(one.name for one in models)
@@ -172,6 +200,8 @@ def learn_prompt(
                 "inputs": identity,
                 "seed": section.seed,
                 "device": str(accelerator.device),
+                "dtype": str(networks[0].model.dtype).removeprefix("torch."),
+                "weight_bytes_per_process": sum(one.held_bytes() for one in networks),
                 "base_model": _base_name(model),
                 "results": {
                     "unprompted_validation_perplexity": unprompted,
@@ -214,6 +244,27 @@ def _whole(section: LearnSection, model: ResolvedModel) -> Text:
     return load_text(section.text or default_text(model), default_part="train")
 
 
+def _load(path: Path, dtype: torch.dtype | None, device: str, shard: bool) -> Frozen:
+    if shard:
+        return load_sharded(path, dtype=dtype, device=device)
+    return Frozen(load_model(path, dtype=dtype, device=device))
+
+
+def _dtype(section: LearnSection, models: Sequence[ResolvedModel], device: str, output: Path, shards: int) -> str:
+    """The section's, auto made definite; work that goes on keeps what was chosen when it began, whatever is free now.
+
+    Which of the two it is shows in the prompt's bits.
+    """
+    if section.dtype != "auto":
+        return section.dtype
+    identity = unfinished(output) / IDENTITY
+    before = read_json(identity).get("learn") if identity.exists() else None
+    if isinstance(before, dict) and before.get("dtype") in get_args(LearnSection.model_fields["dtype"].annotation):
+        return str(before["dtype"])
+    wider = section.mixed_precision == "no" and wider_is_faster(models, device=device, shards=shards)
+    return "float32" if wider else "checkpoint"
+
+
 def _accelerator(section: LearnSection, device: str, output: Path) -> Accelerator:
     if section.tracker is not None:
         known = [str(tracker) for tracker in LoggerType.list() if str(tracker) != "all"]
@@ -232,7 +283,11 @@ def _accelerator(section: LearnSection, device: str, output: Path) -> Accelerato
 
 def _teacher(section: LearnSection, model: ResolvedModel, folder: Path, device: str) -> Teacher:
     return Teacher(
-        lambda: Scorer(load_model(model.path, device=device)), folder, section.teacher_share, section.teacher_tokens
+        lambda: _load(model.path, None, device, section.shard),
+        folder,
+        section.teacher_share,
+        section.teacher_tokens,
+        section.shard,
     )
 
 
@@ -266,6 +321,7 @@ def _metadata(
     section: LearnSection,
     models: Sequence[ResolvedModel],
     network: PreTrainedModel,
+    table: str,
     tokenizer: PreTrainedTokenizerBase,
     text: Text,
     validation: Text,
@@ -276,7 +332,7 @@ def _metadata(
         kind=section.method,
         base_model=_base_name(models[0]),
         tokenizer_fingerprint=fingerprint_tokenizer(tokenizer),
-        embedding_fingerprint=fingerprint_embedding(decoder_embedding(network).weight),
+        embedding_fingerprint=table,
         compression=json.dumps(compressions[0] if len(models) == 1 else compressions),
         data=json.dumps(
             {
@@ -288,6 +344,7 @@ def _metadata(
             }
         ),
         steps=state.best_step,
+        dtype=str(network.dtype).removeprefix("torch."),
         seed=section.seed,
         validation_perplexity=state.best_perplexity,
     )

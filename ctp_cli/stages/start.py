@@ -19,7 +19,6 @@ from ctp_cli.prompts.file import (
     KvPrefix,
     Prompt,
     check_fits,
-    fingerprint_embedding,
     fingerprint_tokenizer,
     load_prompt,
 )
@@ -31,15 +30,12 @@ _TEXT = "text:"
 
 
 def refuse_strangers(
-    models: Sequence[ResolvedModel], networks: Sequence[PreTrainedModel], tokenizer: PreTrainedTokenizerBase
+    models: Sequence[ResolvedModel], tables: Sequence[str], tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    expected = fingerprint_tokenizer(tokenizer), fingerprint_embedding(decoder_embedding(networks[0]).weight)
-    for model, network in zip(models[1:], networks[1:], strict=True):
-        found = (
-            fingerprint_tokenizer(load_tokenizer(model.path)),
-            fingerprint_embedding(decoder_embedding(network).weight),
-        )
-        if found != expected:
+    """`tables`: the fingerprints of the models' embedding tables."""
+    expected = fingerprint_tokenizer(tokenizer), tables[0]
+    for model, table in zip(models[1:], tables[1:], strict=True):
+        if (fingerprint_tokenizer(load_tokenizer(model.path)), table) != expected:
             raise InputError(
                 f"{model.path} is no compression of the model that {models[0].path} comes from",
                 hint="one prompt is learned for compressions of one model",
