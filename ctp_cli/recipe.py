@@ -178,6 +178,11 @@ class LearnSection(Section):
     """Likeliest tokens kept for each position of the text."""
     text: str | None = None
     """Text to learn from. None: pydoc for the embedded model, c4 otherwise."""
+    stream: bool = False
+    """Read the text while learning, for what is larger than memory; FILE may then be a pattern, `corpus/*.jsonl`. What
+    is read first of a local text is its validation text, unless there is another."""
+    shuffle_buffer: Annotated[int, Field(ge=1)] = 1024
+    """Windows of a streamed text from which the next one is drawn."""
     validation: str | None = None
     """Text that selects the best prompt: never the text later reported. None: the same source's validation part."""
     validate_every: Annotated[int, Field(ge=1)] = 50

@@ -70,6 +70,13 @@ def learn(
     text: Annotated[
         str | None, typer.Option(help="pydoc, c4, wikitext2, ptb, or FILE[:COLUMN].", rich_help_panel=TEXT)
     ] = None,
+    stream: Annotated[
+        bool | None,
+        typer.Option(help="Read the text while learning; FILE may be a pattern.", rich_help_panel=TEXT),
+    ] = None,
+    shuffle_buffer: Annotated[
+        int | None, typer.Option(help="Windows among which a stream is shuffled.", rich_help_panel=TEXT)
+    ] = None,
     validation: Annotated[
         str | None, typer.Option(help="Text that selects the best prompt.", rich_help_panel=TEXT)
     ] = None,
@@ -89,6 +96,7 @@ def learn(
     ctp learn smollm2-135m-s50-w4 --max-time 10m
     ctp learn path/to/model --text mine.jsonl --tokens 50 --steps 500
     ctp learn model-s50-w4 model-w3 --method kv-prefix
+    ctp learn model --text 'corpus/*.jsonl.gz' --stream
     torchrun --nproc-per-node 2 -m ctp_cli learn model --shard
     """
     console = Console(quiet=quiet or follows(), json_mode=json)
@@ -111,6 +119,8 @@ def learn(
         "teacher_share": teacher_share,
         "teacher_tokens": teacher_tokens,
         "text": text,
+        "stream": stream,
+        "shuffle_buffer": shuffle_buffer,
         "validation": validation,
         "validate_every": validate_every,
         "validation_windows": validation_windows,

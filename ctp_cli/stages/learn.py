@@ -24,13 +24,12 @@ from ctp_cli.artifact import (
     workspace,
 )
 from ctp_cli.benchmark.figures import learning_figure
-from ctp_cli.data.sources import Text, known_names, load_text
-from ctp_cli.data.windows import token_ids, windows
 from ctp_cli.errors import InputError, RecipeError
 from ctp_cli.evaluation.perplexity import perplexity
 from ctp_cli.files import read_json
 from ctp_cli.models.loading import decoder_embedding, load_model, load_tokenizer
 from ctp_cli.models.precision import wider_is_faster
+from ctp_cli.models.processes import lost_process_is_said
 from ctp_cli.models.resolve import ResolvedModel
 from ctp_cli.models.sharding import Frozen, load_sharded
 from ctp_cli.progress import SILENT, Progress
@@ -47,12 +46,11 @@ from ctp_cli.prompts.losses import KvPrefixLoss, SoftPromptLoss
 from ctp_cli.prompts.teacher import FILES, Teacher
 from ctp_cli.prompts.training import LearningSettings, Progressing, from_main, learn
 from ctp_cli.recipe import LearnSection
-from ctp_cli.stages.compress import default_text
+from ctp_cli.stages.learning_text import LearningText, learning_text
 from ctp_cli.stages.start import earlier_file, refuse_strangers, start
 
 KIND = "prompt"
 _STATE = "state.safetensors"
-_HELD_OUT = 0.1
 _DEFAULT_SECONDS = 1800.0
 _LEARNING_RATES = {"soft-prompt": 1e-2, "kv-prefix": 3e-2}
 
@@ -73,6 +71,7 @@ class LearnReport:
     history: tuple[tuple[int, float], ...]
 
 
+@lost_process_is_said()
 def learn_prompt(
     section: LearnSection,
     *,
@@ -95,24 +94,14 @@ def learn_prompt(
     if section.mixed_precision == "fp16" and device == "cpu":
         raise RecipeError("learn.mixed_precision: fp16 needs a GPU", hint="use bf16 or no on a CPU")
     tokenizer = load_tokenizer(model.path)
-    text, validation = _texts(section, model)
-    ids_T = token_ids(text, tokenizer)
-    windows(ids_T, section.seqlen, text=text, at_least=section.batch_size + 1)
-    selection_NT = windows(
-        token_ids(validation, tokenizer),
-        section.seqlen,
-        most=section.validation_windows,
-        text=validation,
-        at_least=2,
-    )
+    text = learning_text(section, model, tokenizer)
     earlier = earlier_file(section)
     identity: dict[str, Any] = {
         "models": [{"name": one.name, "sha256": folder_fingerprint(one.path)} for one in models],
         "teacher": None if teacher is None else folder_fingerprint(teacher.path),
         "init": None if earlier is None else file_fingerprint(earlier),
         "learn": section.model_dump(exclude={"text", "validation", "tracker", "shard"}),
-        "text": {"source": text.source, "sha256": text.sha256},
-        "validation": {"source": validation.source, "sha256": validation.sha256},
+        **text.identity,
     }
     accelerator = _accelerator(section, device, output)
     if section.batch_size % accelerator.num_processes:
@@ -143,7 +132,7 @@ def learn_prompt(
         raise InputError(
             f"{teacher.path} has another tokenizer than {model.path}", hint="a teacher reads the same tokens"
         )
-    begin = networks[0](lambda network: start(section, network, tokenizer, ids_T, model))
+    begin = networks[0](lambda network: start(section, network, tokenizer, text.batches, model))
     module = (SoftPromptLoss if section.method == "soft-prompt" else KvPrefixLoss)(networks, begin)
     main = accelerator.is_main_process
     place = workspace(output, kind=KIND, identity=identity, force=force) if main else contextlib.nullcontext()
@@ -158,7 +147,7 @@ def learn_prompt(
             values = [
                 one(
                     lambda network, prefix=prefix: perplexity(
-                        network, selection_NT, prefix=prefix, batch_size=section.batch_size
+                        network, text.selection_NT, prefix=prefix, batch_size=section.batch_size
                     )
                 ).value()
                 for one, prefix in zip(networks, prefixes, strict=True)
@@ -170,8 +159,7 @@ def learn_prompt(
         progress.say(f"validation perplexity without a prompt: {unprompted:.3f}")
         state = learn(
             module,
-            ids_T,
-            seqlen=section.seqlen,
+            text.batches,
             settings=_settings(section),
             validate=validate,
             accelerator=accelerator,
@@ -186,7 +174,7 @@ def learn_prompt(
         prompt_type = Prompt if section.method == "soft-prompt" else KvPrefix
         prompt = prompt_type(
             module.learned(state.best),
-            _metadata(section, models, networks[0].model, tables[0], tokenizer, text, validation, state),
+            _metadata(section, models, networks[0].model, tables[0], tokenizer, text, state),
         )
         save_prompt(space.path / PROMPT_FILE, prompt)
         names = ", ".join(one.name for one in models)
@@ -217,31 +205,6 @@ def learn_prompt(
             scratch=(_STATE, FILES),
         )
     return report
-
-
-def _texts(section: LearnSection, model: ResolvedModel) -> tuple[Text, Text]:
-    """Training and selection text. A local file without a selection text of its own gives up its last tenth."""
-    spec = section.text or default_text(model)
-    text = load_text(spec, default_part="train")
-    if section.validation is not None:
-        validation = load_text(section.validation, default_part="validation")
-    elif spec.split(":")[0] in known_names():
-        validation = load_text(spec.split(":")[0], default_part="validation")
-    else:
-        cut = int(len(text.content) * (1 - _HELD_OUT))
-        validation = Text(text.label, f"{text.source} (last tenth)", text.content[cut:])
-        text = Text(text.label, f"{text.source} (first nine tenths)", text.content[:cut])
-    if text.sha256 == validation.sha256:
-        raise InputError(
-            f"learn.validation is the text learned from ({text.source})",
-            hint="choose the prompt on other text",
-        )
-    return text, validation
-
-
-def _whole(section: LearnSection, model: ResolvedModel) -> Text:
-    """The text as given, before a part of it was set aside: `eval` warns where it is reported on."""
-    return load_text(section.text or default_text(model), default_part="train")
 
 
 def _load(path: Path, dtype: torch.dtype | None, device: str, shard: bool) -> Frozen:
@@ -323,8 +286,7 @@ def _metadata(
     network: PreTrainedModel,
     table: str,
     tokenizer: PreTrainedTokenizerBase,
-    text: Text,
-    validation: Text,
+    text: LearningText,
     state: Progressing,
 ) -> PromptMetadata:
     compressions = [_compression(model) for model in models]
@@ -334,15 +296,7 @@ def _metadata(
         tokenizer_fingerprint=fingerprint_tokenizer(tokenizer),
         embedding_fingerprint=table,
         compression=json.dumps(compressions[0] if len(models) == 1 else compressions),
-        data=json.dumps(
-            {
-                "text": text.source,
-                "text_sha256": text.sha256,
-                "file_sha256": _whole(section, models[0]).sha256,
-                "validation": validation.source,
-                "validation_sha256": validation.sha256,
-            }
-        ),
+        data=json.dumps(text.data),
         steps=state.best_step,
         dtype=str(network.dtype).removeprefix("torch."),
         seed=section.seed,

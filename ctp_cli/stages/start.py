@@ -8,6 +8,7 @@ from ctp_kernels.prefix import key_values_of
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ctp_cli.data.batches import Batches
 from ctp_cli.data.sources import Text
 from ctp_cli.data.windows import token_ids
 from ctp_cli.errors import InputError
@@ -46,7 +47,7 @@ def start(
     section: LearnSection,
     network: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    ids_T: Tensor,
+    text: Batches,
     model: ResolvedModel,
 ) -> Tensor:
     """What learning starts from: rows, or keys and values, float32."""
@@ -64,7 +65,7 @@ def start(
     elif soft:
         return _random_start(section, network, tokenizer)
     else:
-        rows_PD = decoder_embedding(network)(ids_T[: section.tokens].to(network.device)).detach().float()
+        rows_PD = decoder_embedding(network)(text.beginning(section.tokens).to(network.device)).detach().float()
     return (rows_PD if soft else key_values_of(rows_prefix(rows_PD, network)).float()).cpu()
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+from accelerate import Accelerator
 from learning_runs import run
 
 
@@ -22,6 +23,7 @@ def cases(dense: Path, packed: Path) -> dict[str, tuple[Path, dict[str, Any]]]:
 
 
 def main(dense: Path, packed: Path, output: Path) -> None:
+    Accelerator.end_training = Accelerator.wait_for_everyone  # it would part the processes after one run
     for name, (model, changes) in cases(dense, packed).items():
         for where in ("whole", "sharded"):
             run(model, output / where / name, shard=where == "sharded", **changes)

@@ -10,6 +10,7 @@ import torch
 from learning_runs import Listening, StopAfter, run
 from tiny_models import tiny_model
 
+from ctp_cli.data.batches import batch_at
 from ctp_cli.data.sources import load_text
 from ctp_cli.data.windows import token_ids, windows
 from ctp_cli.errors import InputError, OutputError, RecipeError
@@ -22,7 +23,7 @@ from ctp_cli.prompts import training
 from ctp_cli.prompts.file import load_prompt
 from ctp_cli.prompts.losses import SoftPromptLoss
 from ctp_cli.prompts.prefix import prefix_of
-from ctp_cli.prompts.training import batch_at, learning_rate_at
+from ctp_cli.prompts.training import learning_rate_at
 from ctp_cli.recipe import CompressSection
 from ctp_cli.stages.compress import compress
 from ctp_cli.stages.learn import LearnReport
