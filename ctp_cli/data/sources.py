@@ -139,7 +139,8 @@ def pydoc_text(part: str) -> str:
 
 def _local_text(path: Path, column: str) -> str:
     if not path.is_file():
-        raise InputError(f"{path}: no such text file")
+        hint = "several files are read by `ctp learn --stream`" if any(c in str(path) for c in "*?[") else None
+        raise InputError(f"{path}: no such text file", hint=hint)
     name = path.name
     with unreadable_is_said(path):
         if name.endswith(".parquet"):
