@@ -104,28 +104,10 @@ def learn_prompt(
         **text.identity,
     }
     accelerator = _accelerator(section, device, output)
-    if section.batch_size % accelerator.num_processes:
-        raise RecipeError(
-            f"learn.batch_size: {section.batch_size} sequences cannot be shared evenly by "
-            f"{accelerator.num_processes} processes",
-            hint="choose a multiple",
-        )
-    if section.shard and accelerator.num_processes == 1:
-        raise RecipeError(
-            "learn.shard: this is one process, which has to hold the whole model",
-            hint="start several: torchrun --nproc-per-node 2 -m ctp_cli learn ... --shard",
-        )
+    _check_can_be_shared(section, accelerator.num_processes)
     dtype = from_main(_dtype(section, models, device, output, accelerator.num_processes if section.shard else 1))
     identity["learn"]["dtype"] = dtype
-    if dtype != section.dtype and dtype != "checkpoint":
-        progress.say(f"weights are held in {dtype}, which is faster on this processor; --dtype checkpoint: as stored")
-    held = None if dtype == "checkpoint" else getattr(torch, dtype)
-    networks = [_load(one.path, held, device, section.shard) for one in models]
-    if section.shard:
-        part, whole = (sum(size(n) for n in networks) / 1e9 for size in (Frozen.held_bytes, Frozen.whole_bytes))
-        progress.say(
-            f"weights are sharded over {accelerator.num_processes} processes: {part:.2f} of {whole:.2f} GB in each"
-        )
+    networks = _load_all(section, models, dtype, device, progress)
     tables = [one(lambda model: fingerprint_embedding(decoder_embedding(model).weight)) for one in networks]
     refuse_strangers(models, tables, tokenizer)
     if teacher is not None and fingerprint_tokenizer(load_tokenizer(teacher.path)) != fingerprint_tokenizer(tokenizer):
@@ -205,6 +187,32 @@ def learn_prompt(
             scratch=(_STATE, FILES),
         )
     return report
+
+
+def _check_can_be_shared(section: LearnSection, processes: int) -> None:
+    if section.batch_size % processes:
+        raise RecipeError(
+            f"learn.batch_size: {section.batch_size} sequences cannot be shared evenly by {processes} processes",
+            hint="choose a multiple",
+        )
+    if section.shard and processes == 1:
+        raise RecipeError(
+            "learn.shard: this is one process, which has to hold the whole model",
+            hint="start several: torchrun --nproc-per-node 2 -m ctp_cli learn ... --shard",
+        )
+
+
+def _load_all(
+    section: LearnSection, models: Sequence[ResolvedModel], dtype: str, device: str, progress: Progress
+) -> list[Frozen]:
+    if dtype != section.dtype and dtype != "checkpoint":
+        progress.say(f"weights are held in {dtype}, which is faster on this processor; --dtype checkpoint: as stored")
+    held = None if dtype == "checkpoint" else getattr(torch, dtype)
+    networks = [_load(one.path, held, device, section.shard) for one in models]
+    if section.shard:
+        part, whole = (sum(size(one) for one in networks) / 1e9 for size in (Frozen.held_bytes, Frozen.whole_bytes))
+        progress.say(f"weights are sharded: {part:.3f} of {whole:.3f} GB in this process")
+    return networks
 
 
 def _load(path: Path, dtype: torch.dtype | None, device: str, shard: bool) -> Frozen:
