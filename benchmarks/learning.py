@@ -18,11 +18,12 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from ctp_cli.data.batches import batch_at
 from ctp_cli.data.sources import load_text
 from ctp_cli.data.windows import token_ids
 from ctp_cli.models.loading import decoder_embedding, load_model, load_tokenizer
 from ctp_cli.models.resolve import resolve_model
-from ctp_cli.prompts.training import batch_at, random_rows
+from ctp_cli.prompts.training import random_rows
 
 WHO = ("ctp", "peft-loop", "peft-trainer")
 

@@ -203,6 +203,11 @@ class LearnSection(Section):
     """Likeliest tokens kept for each position of the text."""
     text: str | None = None
     """Text to learn from. None: pydoc for the embedded model, c4 otherwise."""
+    stream: bool = False
+    """Read the text while learning, for what is larger than memory; FILE may then be a pattern, `corpus/*.jsonl`. What
+    is read first of a local text is its validation text, unless there is another."""
+    shuffle_buffer: Annotated[int, Field(ge=1)] = 1024
+    """Windows of a streamed text from which the next one is drawn."""
     validation: str | None = None
     """Text that selects the best prompt: never the text later reported. None: the same source's validation part."""
     validate_every: Annotated[int, Field(ge=1)] = 50
@@ -211,8 +216,13 @@ class LearnSection(Section):
     patience: Annotated[int, Field(ge=1)] = 10
     """Validations without a better prompt before learning stops."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    shard: bool = False
+    """Hold the frozen model in parts, one per process (FSDP2): for models that do not fit one device."""
+    dtype: Literal["auto", "checkpoint", "float32", "bfloat16"] = "auto"
+    """In which the frozen model is held and multiplied; the prompt is float32 in any case. auto: float32 on a processor
+    without 16-bit products where it takes at most half of the free memory, else the checkpoint's."""
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
-    """accelerate's; the frozen model keeps its checkpoint's dtype, the prompt is float32 in any case."""
+    """accelerate's. Where it is not `no`, dtype auto is the checkpoint's."""
     packed: bool = False
     """Keep the weights of quantized checkpoints packed in memory, a layer dense only while it is multiplied: far less
     memory, more time."""
@@ -221,6 +231,12 @@ class LearnSection(Section):
     memory, a third more time."""
     tracker: str | None = None
     """Of accelerate's: tensorboard, wandb, mlflow, ... Files go to the output's folder `logs`."""
+
+    @model_validator(mode="after")
+    def _parts_are_whole_layers(self) -> "LearnSection":
+        if self.shard and (self.packed or self.gradient_checkpointing):
+            raise ValueError("shard holds dense weights in parts: leave out packed and gradient_checkpointing")
+        return self
 
 
 class StitchSection(Section):

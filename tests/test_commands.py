@@ -11,10 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
 from safetensors.torch import load_file
 from typer.testing import CliRunner, Result
 
 from ctp_cli.app import app
+from ctp_cli.commands.common import reports_errors
 from ctp_cli.models.loading import load_model
 
 
@@ -191,3 +193,26 @@ def test_a_kv_prefix_from_learning_to_evaluation(trained: Path, place: Path) -> 
     assert scores[1][1]["perplexity"] == prompted["perplexity"]
     refused = CliRunner().invoke(app, ["bench", str(trained), "--prompt", "small-prefix8"])
     assert refused.exit_code == 2 and "a kv-prefix, and bench times prompts" in refused.stderr
+
+
+def test_sigterm_is_said_and_leaves_no_trace(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed = []
+
+    @reports_errors
+    def command() -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)
+        finally:
+            closed.append(True)
+
+    before = signal.getsignal(signal.SIGTERM)
+    for processes, said in (("1", "run the same command again"), ("2", "another process of this job has ended")):
+        monkeypatch.setenv("WORLD_SIZE", processes)
+        with pytest.raises(typer.Exit) as caught:
+            command()
+        errors = " ".join(capsys.readouterr().err.split())
+        assert caught.value.exit_code == 143 and errors.count("error:") == 1 and said in errors
+    assert closed == [True, True] and signal.getsignal(signal.SIGTERM) is before

@@ -23,16 +23,19 @@ RATE, CLIP = 1e-2, 1.0
 def ctp(model_path: Path, batches_SBT: torch.Tensor, start_PD: torch.Tensor) -> tuple[list[float], list[float]]:
     from accelerate import Accelerator
 
+    from ctp_cli.data.batches import WholeText
     from ctp_cli.models.loading import load_model
+    from ctp_cli.models.sharding import Frozen
     from ctp_cli.prompts import training
     from ctp_cli.prompts.losses import SoftPromptLoss
 
     steps, batch, seqlen = batches_SBT.shape
     settings = training.LearningSettings(steps, None, batch, (RATE,), 0.0, CLIP, 0.0, 10**9, 10**9, 0)
-    module = SoftPromptLoss([load_model(model_path)], start_PD)
+    module = SoftPromptLoss([Frozen(load_model(model_path))], start_PD)
     state = training.Progressing(start_PD.clone(), start_PD.clone(), planned_steps=steps, learning_rate=RATE)
-    loop = training._Loop(module, state, batches_SBT.flatten(), seqlen, settings, Accelerator(cpu=True), None)
-    training.batch_at = lambda ids_T, seqlen, *, step, batch_size, seed: batches_SBT[step]
+    batches = WholeText(batches_SBT.flatten(), seqlen, batch, seed=0)
+    object.__setattr__(batches, "at", lambda step: batches_SBT[step])
+    loop = training._Loop(module, state, batches, settings, Accelerator(cpu=True), None)
     return timed(loop.step, steps)
 
 

@@ -1,9 +1,12 @@
 """What every command shares: options, error reporting, and finding the artifact a user most likely means."""
 
+import contextlib
 import errno
 import functools
 import os
-from collections.abc import Callable
+import signal
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, ParamSpec
 
@@ -31,7 +34,8 @@ DryRun = Annotated[
     ),
 ]
 
-INTERRUPTED = 130
+INTERRUPTED, TERMINATED = 130, 143
+_GO_ON = "finished parts are kept: run the same command again to go on"
 
 
 def reports_errors(command: Callable[Given, None]) -> Callable[Given, None]:
@@ -40,35 +44,74 @@ def reports_errors(command: Callable[Given, None]) -> Callable[Given, None]:
     @functools.wraps(command)
     def wrapped(*args: Given.args, **kwargs: Given.kwargs) -> None:
         console = Console()
-        try:
-            command(*args, **kwargs)
-        except CtpError as error:
-            _stop(console, error)
-        except KeyboardInterrupt:
-            _stop(console, _interrupted(), code=INTERRUPTED)
-        except (typer.Exit, typer.Abort):
-            raise
-        except Exception as error:
-            if _disk_is_full(error):
-                _stop(
-                    console,
-                    UnfinishedError("the disk is full", hint="make room and run the same command: it goes on"),
-                )
-            if is_out_of_memory(error):
-                _stop(
-                    console,
-                    UnfinishedError(f"out of memory ({error})", hint="use a smaller batch, --seqlen or model"),
-                )
-            if os.environ.get(DEBUG_VARIABLE):
+        with _sigterm_raises():
+            try:
+                command(*args, **kwargs)
+            except CtpError as error:
+                _stop(console, error)
+            except KeyboardInterrupt:
+                _stop(console, _interrupted(), code=INTERRUPTED)
+            except _Terminated:
+                _stop(console, _terminated(), code=TERMINATED)
+            except (typer.Exit, typer.Abort):
                 raise
-            bug = CtpError(f"a bug in ctp: {type(error).__name__}: {error}", hint="ctp --debug COMMAND shows where")
-            _stop(console, bug, code=1)
+            except Exception as error:
+                if _disk_is_full(error):
+                    _stop(
+                        console,
+                        UnfinishedError("the disk is full", hint="make room and run the same command: it goes on"),
+                    )
+                if is_out_of_memory(error):
+                    _stop(
+                        console,
+                        UnfinishedError(f"out of memory ({error})", hint="use a smaller batch, --seqlen or model"),
+                    )
+                if os.environ.get(DEBUG_VARIABLE):
+                    raise
+                bug = CtpError(f"a bug in ctp: {type(error).__name__}: {error}", hint="ctp --debug COMMAND shows where")
+                _stop(console, bug, code=1)
 
     return wrapped
 
 
+class _Terminated(BaseException):
+    """SIGTERM came; like KeyboardInterrupt no Exception, so that nothing takes it for a failure of its own."""
+
+
+@contextlib.contextmanager
+def _sigterm_raises() -> Iterator[None]:
+    """So that it is said, and what is open is closed. torchrun sends it to all that are left when a process ends."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(*_: object) -> None:
+        _ignore_sigterm()  # once is enough: what closes is not to be torn apart
+        raise _Terminated
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _ignore_sigterm() -> None:
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def _terminated() -> CtpError:
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        return CtpError("stopped by SIGTERM", hint=_GO_ON)
+    return CtpError(
+        "stopped by SIGTERM, which torchrun sends where another process of this job has ended",
+        hint="look for its message or torchrun's report; the same command goes on where this one stopped",
+    )
+
+
 def _interrupted() -> CtpError:
-    return CtpError("interrupted", hint="finished parts are kept: run the same command again to go on")
+    return CtpError("interrupted", hint=_GO_ON)
 
 
 def follows() -> bool:
@@ -77,6 +120,7 @@ def follows() -> bool:
 
 
 def _stop(console: Console, error: CtpError, code: int | None = None) -> None:
+    _ignore_sigterm()  # torchrun's may come while the message is written
     BarProgress.close_all()  # a bar left open would hide the cursor and draw over the message
     if not follows():
         console.error(error)

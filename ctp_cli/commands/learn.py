@@ -41,6 +41,10 @@ def learn(
     learning_rate: Annotated[
         str | None, typer.Option("--lr", "--learning-rate", help="A number, or auto.", rich_help_panel=TRAINING)
     ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="Of the model's weights: auto, checkpoint, float32, bfloat16.", rich_help_panel=TRAINING),
+    ] = None,
     mixed_precision: Annotated[str | None, typer.Option(help="no, bf16 or fp16.", rich_help_panel=TRAINING)] = None,
     packed: Annotated[
         bool | None,
@@ -51,6 +55,15 @@ def learn(
         typer.Option(
             "--gradient-checkpointing/--no-gradient-checkpointing",
             help="Activations of one block at a time.",
+            rich_help_panel=TRAINING,
+        ),
+    ] = None,
+    shard: Annotated[
+        bool | None,
+        typer.Option(
+            "--shard/--no-shard",
+            "--fsdp",
+            help="Each process holds a part of the model (FSDP).",
             rich_help_panel=TRAINING,
         ),
     ] = None,
@@ -68,6 +81,13 @@ def learn(
     ] = None,
     text: Annotated[
         str | None, typer.Option(help="pydoc, c4, wikitext2, ptb, or FILE[:COLUMN].", rich_help_panel=TEXT)
+    ] = None,
+    stream: Annotated[
+        bool | None,
+        typer.Option(help="Read the text while learning; FILE may be a pattern.", rich_help_panel=TEXT),
+    ] = None,
+    shuffle_buffer: Annotated[
+        int | None, typer.Option(help="Windows among which a stream is shuffled.", rich_help_panel=TEXT)
     ] = None,
     validation: Annotated[
         str | None, typer.Option(help="Text that selects the best prompt.", rich_help_panel=TEXT)
@@ -88,7 +108,8 @@ def learn(
     ctp learn smollm2-135m-s50-w4 --max-time 10m
     ctp learn path/to/model --text mine.jsonl --tokens 50 --steps 500
     ctp learn model-s50-w4 model-w3 --method kv-prefix
-    torchrun --nproc-per-node 2 -m ctp_cli learn model
+    ctp learn model --text 'corpus/*.jsonl.gz' --stream
+    torchrun --nproc-per-node 2 -m ctp_cli learn model --shard
     """
     console = Console(quiet=quiet or follows(), json_mode=json)
     given = {
@@ -101,6 +122,8 @@ def learn(
         "batch_size": batch_size,
         "seqlen": seqlen,
         "learning_rate": learning_rate,
+        "dtype": dtype,
+        "shard": shard,
         "mixed_precision": mixed_precision,
         "packed": packed,
         "gradient_checkpointing": gradient_checkpointing,
@@ -110,6 +133,8 @@ def learn(
         "teacher_share": teacher_share,
         "teacher_tokens": teacher_tokens,
         "text": text,
+        "stream": stream,
+        "shuffle_buffer": shuffle_buffer,
         "validation": validation,
         "validate_every": validate_every,
         "validation_windows": validation_windows,

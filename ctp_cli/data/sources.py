@@ -9,6 +9,7 @@ A text is written `[LABEL=]SOURCE[:PART]`:
     rows.parquet[:column]   likewise
 """
 
+import contextlib
 import errno
 import gzip
 import hashlib
@@ -16,7 +17,7 @@ import json
 import urllib.error
 import urllib.request
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -25,7 +26,7 @@ from typing import Any
 from ctp_cli.errors import InputError, NetworkError
 
 PARTS = ("train", "validation", "test")
-_FILE_ENDINGS = (".txt", ".jsonl", ".jsonl.gz", ".json.gz", ".parquet")
+FILE_ENDINGS = (".txt", ".jsonl", ".jsonl.gz", ".json.gz", ".parquet")
 _EXPANSION = 20
 """Times that packed text may be longer than its file, which real text never is."""
 _SMALL_CHARACTERS = 64_000_000
@@ -57,6 +58,8 @@ class HubText:
     joiner: str
     files: dict[str, str] | None
     rows: dict[str, tuple[int, int | None]]
+    shards: dict[str, str] | None = None
+    """Names, with wildcards, of the files that are streamed, where they are not those in `files`."""
 
 
 # C4 as in SparseGPT: the first documents of shard 0. Its first 1,100 validation documents are for reporting, later ones
@@ -73,6 +76,7 @@ HUB_TEXTS = {
             "test": "en/c4-validation.00000-of-00008.json.gz",
         },
         {"train": (0, 5000), "validation": (1100, 400), "test": (0, 1100)},
+        {"train": "en/c4-train.*.json.gz", "validation": "en/c4-validation.*.json.gz"},
     ),
     "wikitext2": HubText("Salesforce/wikitext", "wikitext-2-raw-v1", "text", "\n\n", None, {}),
     "ptb": HubText("FALcon6/ptb_text_only", None, "sentence", " ", None, {}),
@@ -85,17 +89,14 @@ def known_names() -> list[str]:
 
 def load_text(spec: str, *, default_part: str) -> Text:
     """Raises InputError for an unknown name or an empty or unreadable file, NetworkError without the hub."""
-    label, separator, rest = spec.partition("=")
-    if not separator or "/" in label:  # a path may hold an equals sign, too
-        label, rest = "", spec
-    source, part = _split_part(rest)
+    label, source, part, rest = split_spec(spec)
     if source in HUB_TEXTS or source == "pydoc":
         part = part or default_part
         if part not in PARTS:
             raise InputError(f"text {spec!r}: no part {part!r}", hint=f"parts are {', '.join(PARTS)}")
         content = pydoc_text(part) if source == "pydoc" else _hub_text(source, part)
         name = f"{source}:{part}"
-    elif rest.endswith(_FILE_ENDINGS) or source.endswith(_FILE_ENDINGS) or Path(source).exists():
+    elif rest.endswith(FILE_ENDINGS) or source.endswith(FILE_ENDINGS) or Path(source).exists():
         content = _local_text(Path(source), part)
         name = rest
     else:
@@ -112,9 +113,17 @@ def load_text(spec: str, *, default_part: str) -> Text:
     return Text(label or (Path(source).name if "." in source else name), name, content)
 
 
+def split_spec(spec: str) -> tuple[str, str, str, str]:
+    """Label, source and part, each "" where there is none, and source and part as they were given."""
+    label, separator, rest = spec.partition("=")
+    if not separator or "/" in label:  # a path may hold an equals sign, too
+        label, rest = "", spec
+    return (label, *_split_part(rest), rest)
+
+
 def _split_part(rest: str) -> tuple[str, str]:
     source, separator, part = rest.rpartition(":")
-    if not separator or "/" in part or rest.endswith(_FILE_ENDINGS):
+    if not separator or "/" in part or rest.endswith(FILE_ENDINGS):
         return rest, ""
     return source, part
 
@@ -136,16 +145,15 @@ def pydoc_text(part: str) -> str:
 
 def _local_text(path: Path, column: str) -> str:
     if not path.is_file():
-        raise InputError(f"{path}: no such text file")
+        hint = "several files are read by `ctp learn --stream`" if any(c in str(path) for c in "*?[") else None
+        raise InputError(f"{path}: no such text file", hint=hint)
     name = path.name
-    try:
+    with unreadable_is_said(path):
         if name.endswith(".parquet"):
-            return "\n\n".join(_parquet_rows(path, column or "text"))
+            return "\n\n".join(parquet_rows(path, column or "text"))
         if name.endswith((".jsonl", ".jsonl.gz", ".json.gz")):
-            return "\n\n".join(_jsonl_rows(path, column or "text"))
+            return "\n\n".join(jsonl_rows(path, column or "text"))
         content = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError, EOFError, zlib.error) as error:
-        raise InputError(f"{path}: cannot be read as UTF-8 text ({error})") from None
     if column == "lines":
         return " ".join(content.splitlines())
     if column:
@@ -166,7 +174,15 @@ def _too_much(path: Path) -> InputError:
     )
 
 
-def _jsonl_rows(path: Path, column: str) -> Iterable[str]:
+@contextlib.contextmanager
+def unreadable_is_said(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, UnicodeDecodeError, EOFError, zlib.error) as error:
+        raise InputError(f"{path}: cannot be read as UTF-8 text ({error})") from None
+
+
+def jsonl_rows(path: Path, column: str) -> Iterable[str]:
     opener: Callable[..., Any] = gzip.open if path.name.endswith(".gz") else open
     most = left = _most_characters(path)
     with opener(path, "rt", encoding="utf-8") as lines:
@@ -188,7 +204,7 @@ def _jsonl_rows(path: Path, column: str) -> Iterable[str]:
             yield row[column]
 
 
-def _parquet_rows(path: Path, column: str) -> Iterable[str]:
+def parquet_rows(path: Path, column: str) -> Iterable[str]:
     import pyarrow
     import pyarrow.parquet
 
@@ -212,25 +228,33 @@ def _parquet_rows(path: Path, column: str) -> Iterable[str]:
 
 def _hub_text(name: str, part: str) -> str:
     import datasets
-    import huggingface_hub
 
     source = HUB_TEXTS[name]
     files = {"data_files": {part: source.files[part]}} if source.files else {}
-    datasets.disable_progress_bars()
-    if not _hub_answers():
-        # what is in the local cache still loads; without this the client retries for half a minute
-        datasets.config.HF_HUB_OFFLINE = huggingface_hub.constants.HF_HUB_OFFLINE = True
-    try:
+    with hub_errors_are_said(name, source.repository):
         rows = datasets.load_dataset(source.repository, source.config, split=part, streaming=bool(files), **files)
         skip, take = source.rows.get(part, (0, None))
         return source.joiner.join(
             row[source.column] for row in islice(rows, skip, None if take is None else skip + take)
         )
+
+
+@contextlib.contextmanager
+def hub_errors_are_said(name: str, repository: str) -> Iterator[None]:
+    import datasets
+    import huggingface_hub
+
+    datasets.disable_progress_bars()
+    if not _hub_answers():
+        # what is in the local cache still loads; without this the client retries for half a minute
+        datasets.config.HF_HUB_OFFLINE = huggingface_hub.constants.HF_HUB_OFFLINE = True
+    try:
+        yield
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise NetworkError(
-            f"text {name!r}: {source.repository} cannot be loaded from the Hugging Face hub ({type(error).__name__})",
+            f"text {name!r}: {repository} cannot be loaded from the Hugging Face hub ({type(error).__name__})",
             hint="use pydoc, which needs no network, or a local .txt, .jsonl, .jsonl.gz or .parquet file",
         ) from None
 

@@ -75,8 +75,24 @@ def _ended_is_said() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UnfinishedError(
-            f"another process of this job has ended or cannot be reached ({reason})",
-            hint="look for its message; the same command goes on where this one stopped",
-        ) from None
+        raise _ended(error) from None
+
+
+@contextlib.contextmanager
+def lost_process_is_said() -> Iterator[None]:
+    """For work in which libraries talk to the other processes: UnfinishedError when one of them has ended."""
+    try:
+        yield
+    except RuntimeError as error:
+        # gloo's errors have no type of their own
+        if isinstance(error, dist.DistError) or "gloo" in str(error).lower():
+            raise _ended(error) from None
+        raise
+
+
+def _ended(error: RuntimeError) -> UnfinishedError:
+    reason = str(error).strip().splitlines()[0]
+    return UnfinishedError(
+        f"another process of this job has ended or cannot be reached ({reason})",
+        hint="look for its message; the same command goes on where this one stopped",
+    )

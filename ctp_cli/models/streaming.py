@@ -61,6 +61,11 @@ class BlockStream:
         self._open = block
         _exchange(block.module, dict(self._read(block.module, self._of(block))))
 
+    def take(self, block: Block) -> nn.Module:
+        """A block with its weights, which are the caller's from then on; they take no memory from here."""
+        _exchange(block.module, dict(self._read(block.module, self._of(block))))
+        return block.module
+
     def close(self) -> None:
         """Forget the weights of the block that is in memory, and what was done to them."""
         if self._open is not None:
@@ -96,11 +101,12 @@ class BlockStream:
                 raise damaged(file, error) from None
 
 
-def stream_model(path: Path, *, device: str = "cpu") -> BlockStream:
+def stream_model(path: Path, *, dtype: torch.dtype | None = None, device: str = "cpu") -> BlockStream:
     """What `load_model` gives, with the weights of all blocks on the meta device until their turn.
 
-    Buffers that no checkpoint holds are made by transformers, as ever. Raises InputError for a missing, damaged or
-    unsupported checkpoint; UnsupportedModelError for a family whose weights are merged or split as they are loaded.
+    `dtype` None keeps the checkpoint's. Buffers that no checkpoint holds are made by transformers, as ever.
+    Raises InputError for a missing, damaged or unsupported checkpoint; UnsupportedModelError for a family whose weights
+    are merged or split as they are loaded.
     """
     config = load_config(path)
     values = check_weight_files(path)
@@ -109,7 +115,7 @@ def stream_model(path: Path, *, device: str = "cpu") -> BlockStream:
         check_size(path, skeleton, values)
         stored = list(_stored_tensors(path))
         names = [one for one, _ in stored]
-        return BlockStream(_with_promises(path, skeleton, stored, _dtype(config, names)), names, device)
+        return BlockStream(_with_promises(path, skeleton, stored, dtype or _dtype(config, names)), names, device)
 
 
 def load_without_blocks(path: Path) -> PreTrainedModel:

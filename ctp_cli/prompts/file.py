@@ -44,6 +44,8 @@ class PromptMetadata:
     """The text it was learned from."""
     steps: int | None = None
     """Optimizer steps until the prompt was at its best."""
+    dtype: str | None = None
+    """Of the model's weights while it was learned; of several models, the first one's."""
     seed: int | None = None
     validation_perplexity: float | None = None
     """The best one, which selected this prompt."""

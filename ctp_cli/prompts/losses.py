@@ -15,26 +15,32 @@ from transformers.cache_utils import Cache
 
 from ctp_cli.models.head import Scorer, SoftTargets
 from ctp_cli.models.loading import decoder_embedding
+from ctp_cli.models.sharding import Frozen
 from ctp_cli.prompts.prefix import kv_template, rows_prefix
 
 
 class PromptedLoss(nn.Module, ABC):
     """Mean loss of text behind a learned prompt, on one of several frozen models. `prompt` is its only parameter."""
 
-    def __init__(self, models: Sequence[PreTrainedModel], start: Tensor) -> None:
+    def __init__(self, models: Sequence[Frozen], start: Tensor) -> None:
         super().__init__()
-        self.prompt = nn.Parameter(start.to(models[0].device, copy=True))
+        self.prompt = nn.Parameter(start.to(models[0].model.device, copy=True))
         # held outside of nn.Module's registry: its parameters are neither prepared, synchronized nor saved with ours
-        self._frozen = tuple((model, Scorer(model)) for model in models)
+        self._frozen = tuple(models)
+        self._scorers = tuple(frozen(Scorer) for frozen in models)
 
     @property
     def models(self) -> int:
         """How many there are."""
         return len(self._frozen)
 
-    @abstractmethod
     def forward(self, ids_BT: Tensor, which: int, soft: SoftTargets | None) -> Tensor:
         """Mean loss of ids_BT on the model number `which`, against its labels or these targets."""
+        loss: Tensor = self._frozen[which](lambda model: self._loss(model, ids_BT, which, soft))
+        return loss
+
+    @abstractmethod
+    def _loss(self, model: PreTrainedModel, ids_BT: Tensor, which: int, soft: SoftTargets | None) -> Tensor: ...
 
     @abstractmethod
     def learned(self, parameter: Tensor) -> Tensor:
@@ -52,20 +58,25 @@ class SoftPromptLoss(PromptedLoss):
     through them.
     """
 
-    def forward(self, ids_BT: Tensor, which: int, soft: SoftTargets | None) -> Tensor:
-        model, scorer = self._frozen[which]
+    def _loss(self, model: PreTrainedModel, ids_BT: Tensor, which: int, soft: SoftTargets | None) -> Tensor:
         rows_1PD = self.prompt.to(decoder_embedding(model).weight.dtype)[None]
         with where_slow(rows_1PD):
-            cache = cache_of(model.base_model(inputs_embeds=rows_1PD, use_cache=True))
-        prefix = fresh_copy(cache, batch_size=ids_BT.shape[0])
-        return scorer.nll(ids_BT, prefix=prefix, soft=soft, input_ids=ids_BT).mean()
+            of_prompt = model.base_model(inputs_embeds=rows_1PD, use_cache=True)
+        prefix = fresh_copy(cache_of(of_prompt), batch_size=ids_BT.shape[0])
+        loss = self._scorers[which].nll(ids_BT, prefix=prefix, soft=soft, input_ids=ids_BT).mean()
+        if self._frozen[which].is_sharded:
+            # the last block's keys and values are used, its output is not; but it is at a gradient of its output that
+            # FSDP fetches a block's weights again
+            loss = loss + (0 * of_prompt.last_hidden_state).sum()
+        return loss
 
     def learned(self, parameter: Tensor) -> Tensor:
         return parameter.float()
 
     @torch.no_grad()
     def prefix(self, which: int) -> Cache:
-        return rows_prefix(self.prompt.detach(), self._frozen[which][0])
+        made: Cache = self._frozen[which](lambda model: rows_prefix(self.prompt.detach(), model))
+        return made
 
 
 class KvPrefixLoss(PromptedLoss):
@@ -75,15 +86,15 @@ class KvPrefixLoss(PromptedLoss):
     differ a thousandfold, and AdamW moves all parameters alike.
     """
 
-    def __init__(self, models: Sequence[PreTrainedModel], start: Tensor) -> None:
-        self.unit_L2111 = start.std(dim=(2, 3, 4), keepdim=True).clamp(min=1e-6).to(models[0].device)
-        super().__init__(models, start.to(models[0].device) / self.unit_L2111)
-        self._templates = [kv_template(start.shape[3], model) for model in models]
+    def __init__(self, models: Sequence[Frozen], start: Tensor) -> None:
+        device = models[0].model.device
+        self.unit_L2111 = start.std(dim=(2, 3, 4), keepdim=True).clamp(min=1e-6).to(device)
+        super().__init__(models, start.to(device) / self.unit_L2111)
+        self._templates: list[Cache] = [frozen(lambda model: kv_template(start.shape[3], model)) for frozen in models]
 
-    def forward(self, ids_BT: Tensor, which: int, soft: SoftTargets | None) -> Tensor:
-        scorer = self._frozen[which][1]
+    def _loss(self, model: PreTrainedModel, ids_BT: Tensor, which: int, soft: SoftTargets | None) -> Tensor:
         prefix = self._cache(which, ids_BT.shape[0])
-        return scorer.nll(ids_BT, prefix=prefix, soft=soft, input_ids=ids_BT).mean()
+        return self._scorers[which].nll(ids_BT, prefix=prefix, soft=soft, input_ids=ids_BT).mean()
 
     def learned(self, parameter: Tensor) -> Tensor:
         return parameter.float() * self.unit_L2111.to(parameter.device)
@@ -93,5 +104,5 @@ class KvPrefixLoss(PromptedLoss):
         return self._cache(which, 1)
 
     def _cache(self, which: int, batch: int) -> Cache:
-        dtype = self._frozen[which][0].dtype
+        dtype = self._frozen[which].model.dtype
         return cache_with(self._templates[which], self.learned(self.prompt).to(dtype), batch)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ctp_cli.files import whole_file
 from ctp_cli.models.head import Scorer
+from ctp_cli.models.sharding import Frozen
 from ctp_cli.progress import SILENT, Progress
 
 FILES = "teacher-*.safetensors"
@@ -24,31 +25,37 @@ _Held = dict[str, Tensor]
 class Teacher:
     """`load` gives the teacher; it is in memory only while files are made. Targets have `share` of the loss."""
 
-    load: Callable[[], Scorer]
+    load: Callable[[], Frozen]
     folder: Path
     share: float
     count: int
     """Tokens kept for each position. 32 of 49,152 hold about nine tenths of SmolLM2's probability."""
+    is_sharded: bool = False
+    """Then every process prepares, and one of them writes."""
     _open: tuple[Path, _Held] | None = field(default=None, init=False)
 
-    def prepare(self, batch_at: Callable[[int], Tensor], steps: int, progress: Progress = SILENT) -> None:
+    def prepare(
+        self, batch_at: Callable[[int], Tensor], steps: int, *, writes: bool, progress: Progress = SILENT
+    ) -> None:
         """Write the files that are missing; `batch_at(step)` is the batch (B, T) of a step."""
         firsts = range(0, steps, _STEPS_PER_FILE)
         missing = [first for first in firsts if not self._file(first).exists()]
         if not missing:
             return
-        scorer = self.load()
+        teacher = self.load()
+        scorer: Scorer = teacher(Scorer)
         progress.start("ask the teacher", len(missing) * _STEPS_PER_FILE)
         for first in missing:
             tensors: _Held = {}
             for step in range(first, min(first + _STEPS_PER_FILE, steps)):
                 ids_BT = batch_at(step).to(scorer.model.device)
-                tokens_BTK, probabilities_BTK = scorer.likeliest(ids_BT, self.count)
+                tokens_BTK, probabilities_BTK = teacher(lambda _, ids_BT=ids_BT: scorer.likeliest(ids_BT, self.count))
                 tensors[f"tokens.{step}"] = tokens_BTK.to("cpu", torch.int32)
                 tensors[f"probabilities.{step}"] = probabilities_BTK.to("cpu", torch.float16)
                 progress.advance()
-            with whole_file(self._file(first)) as beside:
-                save_file(tensors, beside)
+            if writes:
+                with whole_file(self._file(first)) as beside:
+                    save_file(tensors, beside)
         progress.finish()
 
     def at(self, step: int) -> dict[str, Tensor]:

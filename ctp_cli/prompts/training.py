@@ -18,6 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ctp_cli.data.batches import Batches
 from ctp_cli.errors import InputError
 from ctp_cli.files import whole_file
 from ctp_cli.models.head import SoftTargets
@@ -72,6 +73,8 @@ class Progressing:
     """(step, validation perplexity)"""
     moments: dict[str, Tensor] = field(default_factory=dict)
     """AdamW's state of the prompt"""
+    position: dict[str, Tensor] = field(default_factory=dict)
+    """Of the text's batches."""
 
     def save(self, path: Path) -> None:
         """One file, whole or absent: tensors in the body, numbers in the header."""
@@ -79,10 +82,9 @@ class Progressing:
             "prompt": self.prompt,
             "best": self.best,
             **{f"adamw.{k}": v for k, v in self.moments.items()},
+            **{f"text.{k}": v for k, v in self.position.items()},
         }
-        numbers = {
-            key: value for key, value in asdict(self).items() if not isinstance(value, Tensor) and key != "moments"
-        }
+        numbers = {key: value for key, value in asdict(self).items() if not isinstance(value, Tensor | dict)}
         with whole_file(path) as beside:
             save_file(
                 {k: v.detach().cpu().contiguous() for k, v in tensors.items()},
@@ -96,8 +98,11 @@ class Progressing:
             numbers = json.loads(handle.metadata()["state"])
             tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 - not a dict
         numbers["history"] = [(int(step), float(value)) for step, value in numbers["history"]]
-        moments = {name.removeprefix("adamw."): t for name, t in tensors.items() if name.startswith("adamw.")}
-        return cls(tensors["prompt"], tensors["best"], moments=moments, **numbers)
+        moments, position = (
+            {name.removeprefix(kind): t for name, t in tensors.items() if name.startswith(kind)}
+            for kind in ("adamw.", "text.")
+        )
+        return cls(tensors["prompt"], tensors["best"], moments=moments, position=position, **numbers)
 
 
 def random_rows(embedding: nn.Embedding, count: int, usable_ids: Tensor, generator: torch.Generator) -> Tensor:
@@ -105,22 +110,6 @@ def random_rows(embedding: nn.Embedding, count: int, usable_ids: Tensor, generat
     chosen = usable_ids[torch.randint(usable_ids.numel(), (count,), generator=generator)]
     # through the module, not its table: some families (Gemma) scale embeddings on the way
     return embedding(chosen.to(embedding.weight.device)).detach().float().clone()
-
-
-def batch_at(ids_T: Tensor, seqlen: int, *, step: int, batch_size: int, seed: int) -> Tensor:
-    """The batch (B, seqlen) of one step, a pure function of its arguments.
-
-    An epoch takes every window of the text once, in a random order; windows start at another offset in every epoch.
-    """
-    per_epoch = (ids_T.numel() - seqlen) // seqlen  # the offset costs up to one window
-    rows = []
-    for index in range(step * batch_size, (step + 1) * batch_size):
-        epoch, position = divmod(index, per_epoch)
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-        offset = int(torch.randint(seqlen, (1,), generator=generator))
-        window = int(torch.randperm(per_epoch, generator=generator)[position])
-        rows.append(ids_T[offset + window * seqlen : offset + (window + 1) * seqlen])
-    return torch.stack(rows)
 
 
 def learning_rate_at(step: int, planned: int, *, peak: float, warmup_share: float) -> float:
@@ -140,9 +129,8 @@ def from_main(value: Received) -> Received:
 
 def learn(
     module: PromptedLoss,
-    ids_T: Tensor,
+    batches: Batches,
     *,
-    seqlen: int,
     settings: LearningSettings,
     validate: Callable[[], float],
     accelerator: Accelerator,
@@ -152,7 +140,7 @@ def learn(
 ) -> Progressing:
     """The prompt with the lowest validation perplexity on the way, and the way itself.
 
-    `ids_T` is the training text; `validate` gives the module's perplexity on selection text; where the module has
+    `batches` are of the training text; `validate` gives the module's perplexity on selection text; where the module has
     several models, they take turns step by step. The state is saved at `state_path` at every validation; where it
     exists, learning goes on from it, and without a time limit to the same bits as without the interruption. Several
     processes share every batch.
@@ -166,7 +154,8 @@ def learn(
         first_seconds = time.perf_counter() - started
         state.history.append((0, state.best_perplexity))
         progress.say(f"step 0: validation perplexity {state.best_perplexity:.3f} (the start)")
-    loop = _Loop(module, state, ids_T, seqlen, settings, accelerator, teacher)
+    batches.go_to(state.position)
+    loop = _Loop(module, state, batches, settings, accelerator, teacher)
     if not resumed:
         started = time.perf_counter()
         state.learning_rate = loop.best_rate(validate, progress)
@@ -177,8 +166,9 @@ def learn(
         if accelerator.is_main_process:
             state.save(state_path)
     if teacher is not None:
-        if accelerator.is_main_process:
-            teacher.prepare(loop.batch, state.planned_steps, progress)
+        if teacher.is_sharded or accelerator.is_main_process:
+            writes = accelerator.is_main_process
+            teacher.prepare(batches.at, state.planned_steps, writes=writes, progress=progress)
         accelerator.wait_for_everyone()
     progress.start("learn", state.planned_steps)
     progress.advance(state.step)
@@ -223,13 +213,12 @@ class _Loop:
         self,
         module: PromptedLoss,
         state: Progressing,
-        ids_T: Tensor,
-        seqlen: int,
+        batches: Batches,
         settings: LearningSettings,
         accelerator: Accelerator,
         teacher: Teacher | None,
     ) -> None:
-        self.state, self.ids_T, self.seqlen = state, ids_T, seqlen
+        self.state, self.batches = state, batches
         self.settings, self.accelerator, self.teacher = settings, accelerator, teacher
         self.prompt, self._models = module.prompt, module.models
         self.module = self.accelerator.prepare(module)
@@ -249,11 +238,6 @@ class _Loop:
             }
         self._raw_optimizer, self.optimizer = optimizer, self.accelerator.prepare(optimizer)
 
-    def batch(self, step: int) -> Tensor:
-        """The batch (B, T) that all processes share."""
-        settings = self.settings
-        return batch_at(self.ids_T, self.seqlen, step=step, batch_size=settings.batch_size, seed=settings.seed)
-
     def step(self) -> float:
         started = time.perf_counter()
         asked = {} if self.teacher is None else self.teacher.at(self.state.step)
@@ -266,7 +250,7 @@ class _Loop:
 
     def _update(self, step: int, planned: int, peak: float, asked: Mapping[str, Tensor]) -> float:
         device = self.accelerator.device
-        whole = {"ids": self.batch(step), **asked}
+        whole = {"ids": self.batches.at(step), **asked}
         with self.accelerator.split_between_processes(whole) as part, self.accelerator.autocast():
             ids_BT, *of_teacher = (tensor.to(device) for tensor in part.values())
             soft = None
@@ -329,7 +313,8 @@ class _Loop:
         return state.planned_steps != before
 
     def capture(self) -> None:
-        """Copy the parameter and its moments into the state."""
+        """Copy the parameter, its moments and where the text is into the state."""
+        self.state.position = self.batches.position()
         self.state.prompt = self.prompt.detach().cpu().clone()
         moments: dict[str, Any] = self._raw_optimizer.state[self.prompt]
         self.state.moments = {name: torch.as_tensor(value).detach().cpu().clone() for name, value in moments.items()}
@@ -338,7 +323,7 @@ class _Loop:
         if not self._step_seconds:
             return 0.0
         mean = sum(self._step_seconds) / len(self._step_seconds)
-        return self.settings.batch_size * self.seqlen / mean
+        return self.settings.batch_size * self.batches.seqlen / mean
 
     def note(self, loss: float) -> str:
         left = (self.state.planned_steps - self.state.step) * sum(self._step_seconds) / len(self._step_seconds)

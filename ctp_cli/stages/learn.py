@@ -6,22 +6,32 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import LoggerType, ProjectConfiguration
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ctp_cli.artifact import file_fingerprint, folder_fingerprint, manifest_of, refuse_existing, unfinished, workspace
+from ctp_cli.artifact import (
+    IDENTITY,
+    file_fingerprint,
+    folder_fingerprint,
+    manifest_of,
+    refuse_existing,
+    unfinished,
+    workspace,
+)
 from ctp_cli.benchmark.figures import learning_figure
-from ctp_cli.data.sources import Text, known_names, load_text
-from ctp_cli.data.windows import token_ids, windows
 from ctp_cli.errors import InputError, RecipeError
 from ctp_cli.evaluation.perplexity import perplexity
-from ctp_cli.models.head import Scorer
+from ctp_cli.files import read_json
 from ctp_cli.models.loading import decoder_embedding, load_model, load_tokenizer
+from ctp_cli.models.precision import wider_is_faster
+from ctp_cli.models.processes import lost_process_is_said
 from ctp_cli.models.resolve import ResolvedModel
+from ctp_cli.models.sharding import Frozen, load_sharded
 from ctp_cli.progress import SILENT, Progress
 from ctp_cli.prompts.checkpointing import checkpoint_blocks
 from ctp_cli.prompts.file import (
@@ -35,14 +45,13 @@ from ctp_cli.prompts.file import (
 )
 from ctp_cli.prompts.losses import KvPrefixLoss, SoftPromptLoss
 from ctp_cli.prompts.teacher import FILES, Teacher
-from ctp_cli.prompts.training import LearningSettings, Progressing, learn
+from ctp_cli.prompts.training import LearningSettings, Progressing, from_main, learn
 from ctp_cli.recipe import LearnSection
-from ctp_cli.stages.compress import default_text
+from ctp_cli.stages.learning_text import LearningText, learning_text
 from ctp_cli.stages.start import earlier_file, refuse_strangers, start
 
 KIND = "prompt"
 _STATE = "state.safetensors"
-_HELD_OUT = 0.1
 _DEFAULT_SECONDS = 1800.0
 _LEARNING_RATES = {"soft-prompt": 1e-2, "kv-prefix": 3e-2}
 
@@ -63,6 +72,7 @@ class LearnReport:
     history: tuple[tuple[int, float], ...]
 
 
+@lost_process_is_said()
 def learn_prompt(
     section: LearnSection,
     *,
@@ -85,42 +95,27 @@ def learn_prompt(
     if section.mixed_precision == "fp16" and device == "cpu":
         raise RecipeError("learn.mixed_precision: fp16 needs a GPU", hint="use bf16 or no on a CPU")
     tokenizer = load_tokenizer(model.path)
-    text, validation = _texts(section, model)
-    ids_T = token_ids(text, tokenizer)
-    windows(ids_T, section.seqlen, text=text, at_least=section.batch_size + 1)
-    selection_NT = windows(
-        token_ids(validation, tokenizer),
-        section.seqlen,
-        most=section.validation_windows,
-        text=validation,
-        at_least=2,
-    )
+    text = learning_text(section, model, tokenizer)
     earlier = earlier_file(section)
-    identity = {
+    identity: dict[str, Any] = {
         "models": [{"name": one.name, "sha256": folder_fingerprint(one.path)} for one in models],
         "teacher": None if teacher is None else folder_fingerprint(teacher.path),
         "init": None if earlier is None else file_fingerprint(earlier),
-        "learn": section.model_dump(exclude={"text", "validation", "tracker"}),
-        "text": {"source": text.source, "sha256": text.sha256},
-        "validation": {"source": validation.source, "sha256": validation.sha256},
+        "learn": section.model_dump(exclude={"text", "validation", "tracker", "shard"}),
+        **text.identity,
     }
     accelerator = _accelerator(section, device, output)
-    if section.batch_size % accelerator.num_processes:
-        raise RecipeError(
-            f"learn.batch_size: {section.batch_size} sequences cannot be shared evenly by "
-            f"{accelerator.num_processes} processes",
-            hint="choose a multiple",
-        )
-    networks = [load_model(one.path, device=device, packed=section.packed) for one in models]
-    if section.gradient_checkpointing:
-        for network in networks:
-            checkpoint_blocks(network)
-    refuse_strangers(models, networks, tokenizer)
+    _check_can_be_shared(section, accelerator.num_processes)
+    dtype = from_main(_dtype(section, models, device, output, accelerator.num_processes if section.shard else 1))
+    identity["learn"]["dtype"] = dtype
+    networks = _load_all(section, models, dtype, device, progress)
+    tables = [one(lambda model: fingerprint_embedding(decoder_embedding(model).weight)) for one in networks]
+    refuse_strangers(models, tables, tokenizer)
     if teacher is not None and fingerprint_tokenizer(load_tokenizer(teacher.path)) != fingerprint_tokenizer(tokenizer):
         raise InputError(
             f"{teacher.path} has another tokenizer than {model.path}", hint="a teacher reads the same tokens"
         )
-    begin = start(section, networks[0], tokenizer, ids_T, model)
+    begin = networks[0](lambda network: start(section, network, tokenizer, text.batches, model))
     module = (SoftPromptLoss if section.method == "soft-prompt" else KvPrefixLoss)(networks, begin)
     main = accelerator.is_main_process
     place = workspace(output, kind=KIND, identity=identity, force=force) if main else contextlib.nullcontext()
@@ -131,14 +126,14 @@ def learn_prompt(
             progress.say(f"going on with the unfinished work in {space.path}")
 
         def validate(*, prompted: bool = True) -> float:
+            prefixes = [module.prefix(which) if prompted else None for which in range(len(networks))]
             values = [
-                perplexity(
-                    network,
-                    selection_NT,
-                    prefix=module.prefix(which) if prompted else None,
-                    batch_size=section.batch_size,
+                one(
+                    lambda network, prefix=prefix: perplexity(
+                        network, text.selection_NT, prefix=prefix, batch_size=section.batch_size
+                    )
                 ).value()
-                for which, network in enumerate(networks)
+                for one, prefix in zip(networks, prefixes, strict=True)
             ]
             return math.exp(sum(map(math.log, values)) / len(values))
 
@@ -147,8 +142,7 @@ def learn_prompt(
         progress.say(f"validation perplexity without a prompt: {unprompted:.3f}")
         state = learn(
             module,
-            ids_T,
-            seqlen=section.seqlen,
+            text.batches,
             settings=_settings(section),
             validate=validate,
             accelerator=accelerator,
@@ -162,7 +156,8 @@ def learn_prompt(
             return report
         prompt_type = Prompt if section.method == "soft-prompt" else KvPrefix
         prompt = prompt_type(
-            module.learned(state.best), _metadata(section, models, networks[0], tokenizer, text, validation, state)
+            module.learned(state.best),
+            _metadata(section, models, networks[0].model, tables[0], tokenizer, text, state),
         )
         save_prompt(space.path / PROMPT_FILE, prompt)
         names = ", ".join(one.name for one in models)
@@ -176,6 +171,8 @@ def learn_prompt(
                 "inputs": identity,
                 "seed": section.seed,
                 "device": str(accelerator.device),
+                "dtype": str(networks[0].model.dtype).removeprefix("torch."),
+                "weight_bytes_per_process": sum(one.held_bytes() for one in networks),
                 "base_model": _base_name(model),
                 "results": {
                     "unprompted_validation_perplexity": unprompted,
@@ -193,29 +190,55 @@ def learn_prompt(
     return report
 
 
-def _texts(section: LearnSection, model: ResolvedModel) -> tuple[Text, Text]:
-    """Training and selection text. A local file without a selection text of its own gives up its last tenth."""
-    spec = section.text or default_text(model)
-    text = load_text(spec, default_part="train")
-    if section.validation is not None:
-        validation = load_text(section.validation, default_part="validation")
-    elif spec.split(":")[0] in known_names():
-        validation = load_text(spec.split(":")[0], default_part="validation")
-    else:
-        cut = int(len(text.content) * (1 - _HELD_OUT))
-        validation = Text(text.label, f"{text.source} (last tenth)", text.content[cut:])
-        text = Text(text.label, f"{text.source} (first nine tenths)", text.content[:cut])
-    if text.sha256 == validation.sha256:
-        raise InputError(
-            f"learn.validation is the text learned from ({text.source})",
-            hint="choose the prompt on other text",
+def _check_can_be_shared(section: LearnSection, processes: int) -> None:
+    if section.batch_size % processes:
+        raise RecipeError(
+            f"learn.batch_size: {section.batch_size} sequences cannot be shared evenly by {processes} processes",
+            hint="choose a multiple",
         )
-    return text, validation
+    if section.shard and processes == 1:
+        raise RecipeError(
+            "learn.shard: this is one process, which has to hold the whole model",
+            hint="start several: torchrun --nproc-per-node 2 -m ctp_cli learn ... --shard",
+        )
 
 
-def _whole(section: LearnSection, model: ResolvedModel) -> Text:
-    """The text as given, before a part of it was set aside: `eval` warns where it is reported on."""
-    return load_text(section.text or default_text(model), default_part="train")
+def _load_all(
+    section: LearnSection, models: Sequence[ResolvedModel], dtype: str, device: str, progress: Progress
+) -> list[Frozen]:
+    if dtype != section.dtype and dtype != "checkpoint":
+        progress.say(f"weights are held in {dtype}, which is faster on this processor; --dtype checkpoint: as stored")
+    held = None if dtype == "checkpoint" else getattr(torch, dtype)
+    networks = [_load(one.path, held, device, section) for one in models]
+    if section.shard:
+        part, whole = (sum(size(one) for one in networks) / 1e9 for size in (Frozen.held_bytes, Frozen.whole_bytes))
+        progress.say(f"weights are sharded: {part:.3f} of {whole:.3f} GB in this process")
+    return networks
+
+
+def _load(path: Path, dtype: torch.dtype | None, device: str, section: LearnSection) -> Frozen:
+    if section.shard:
+        return load_sharded(path, dtype=dtype, device=device)
+    network = load_model(path, dtype=dtype, device=device, packed=section.packed)
+    if section.gradient_checkpointing:
+        checkpoint_blocks(network)
+    return Frozen(network)
+
+
+def _dtype(section: LearnSection, models: Sequence[ResolvedModel], device: str, output: Path, shards: int) -> str:
+    """The section's, auto made definite; work that goes on keeps what was chosen when it began, whatever is free now.
+
+    Which of the two it is shows in the prompt's bits.
+    """
+    if section.dtype != "auto":
+        return section.dtype
+    identity = unfinished(output) / IDENTITY
+    before = read_json(identity).get("learn") if identity.exists() else None
+    if isinstance(before, dict) and before.get("dtype") in get_args(LearnSection.model_fields["dtype"].annotation):
+        return str(before["dtype"])
+    in_16_bits = section.packed or section.mixed_precision != "no"  # packed: memory is what counts
+    wider = not in_16_bits and wider_is_faster(models, device=device, shards=shards)
+    return "float32" if wider else "checkpoint"
 
 
 def _accelerator(section: LearnSection, device: str, output: Path) -> Accelerator:
@@ -236,7 +259,11 @@ def _accelerator(section: LearnSection, device: str, output: Path) -> Accelerato
 
 def _teacher(section: LearnSection, model: ResolvedModel, folder: Path, device: str) -> Teacher:
     return Teacher(
-        lambda: Scorer(load_model(model.path, device=device)), folder, section.teacher_share, section.teacher_tokens
+        lambda: _load(model.path, None, device, section.model_copy(update={"packed": False})),
+        folder,
+        section.teacher_share,
+        section.teacher_tokens,
+        section.shard,
     )
 
 
@@ -270,9 +297,9 @@ def _metadata(
     section: LearnSection,
     models: Sequence[ResolvedModel],
     network: PreTrainedModel,
+    table: str,
     tokenizer: PreTrainedTokenizerBase,
-    text: Text,
-    validation: Text,
+    text: LearningText,
     state: Progressing,
 ) -> PromptMetadata:
     compressions = [_compression(model) for model in models]
@@ -280,18 +307,11 @@ def _metadata(
         kind=section.method,
         base_model=_base_name(models[0]),
         tokenizer_fingerprint=fingerprint_tokenizer(tokenizer),
-        embedding_fingerprint=fingerprint_embedding(decoder_embedding(network).weight),
+        embedding_fingerprint=table,
         compression=json.dumps(compressions[0] if len(models) == 1 else compressions),
-        data=json.dumps(
-            {
-                "text": text.source,
-                "text_sha256": text.sha256,
-                "file_sha256": _whole(section, models[0]).sha256,
-                "validation": validation.source,
-                "validation_sha256": validation.sha256,
-            }
-        ),
+        data=json.dumps(text.data),
         steps=state.best_step,
+        dtype=str(network.dtype).removeprefix("torch."),
         seed=section.seed,
         validation_perplexity=state.best_perplexity,
     )

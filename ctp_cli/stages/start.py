@@ -8,6 +8,7 @@ from ctp_kernels.prefix import key_values_of
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ctp_cli.data.batches import Batches
 from ctp_cli.data.sources import Text
 from ctp_cli.data.windows import token_ids
 from ctp_cli.errors import InputError
@@ -19,7 +20,6 @@ from ctp_cli.prompts.file import (
     KvPrefix,
     Prompt,
     check_fits,
-    fingerprint_embedding,
     fingerprint_tokenizer,
     load_prompt,
 )
@@ -31,15 +31,12 @@ _TEXT = "text:"
 
 
 def refuse_strangers(
-    models: Sequence[ResolvedModel], networks: Sequence[PreTrainedModel], tokenizer: PreTrainedTokenizerBase
+    models: Sequence[ResolvedModel], tables: Sequence[str], tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    expected = fingerprint_tokenizer(tokenizer), fingerprint_embedding(decoder_embedding(networks[0]).weight)
-    for model, network in zip(models[1:], networks[1:], strict=True):
-        found = (
-            fingerprint_tokenizer(load_tokenizer(model.path)),
-            fingerprint_embedding(decoder_embedding(network).weight),
-        )
-        if found != expected:
+    """`tables`: the fingerprints of the models' embedding tables."""
+    expected = fingerprint_tokenizer(tokenizer), tables[0]
+    for model, table in zip(models[1:], tables[1:], strict=True):
+        if (fingerprint_tokenizer(load_tokenizer(model.path)), table) != expected:
             raise InputError(
                 f"{model.path} is no compression of the model that {models[0].path} comes from",
                 hint="one prompt is learned for compressions of one model",
@@ -50,7 +47,7 @@ def start(
     section: LearnSection,
     network: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    ids_T: Tensor,
+    text: Batches,
     model: ResolvedModel,
 ) -> Tensor:
     """What learning starts from: rows, or keys and values, float32."""
@@ -68,7 +65,7 @@ def start(
     elif soft:
         return _random_start(section, network, tokenizer)
     else:
-        rows_PD = decoder_embedding(network)(ids_T[: section.tokens].to(network.device)).detach().float()
+        rows_PD = decoder_embedding(network)(text.beginning(section.tokens).to(network.device)).detach().float()
     return (rows_PD if soft else key_values_of(rows_prefix(rows_PD, network)).float()).cpu()
 
 

@@ -8,6 +8,7 @@ from tiny_models import tiny_model
 from torch import Tensor
 
 from ctp_cli.models.loading import load_model
+from ctp_cli.models.sharding import Frozen
 from ctp_cli.prompts.checkpointing import checkpoint_blocks
 from ctp_cli.prompts.losses import KvPrefixLoss, PromptedLoss, SoftPromptLoss
 from ctp_cli.prompts.prefix import rows_prefix
@@ -45,8 +46,8 @@ def test_loss_and_gradient_are_the_same_and_less_is_kept(
     start = start_of(method, torch.randn(6, width, generator=torch.Generator().manual_seed(1)), path)
     plain, checkpointed = load_model(path), load_model(path)
     checkpoint_blocks(checkpointed)
-    loss, gradient, kept = loss_gradient_and_kept(method([plain], start), ids)
-    again, gradient_again, kept_again = loss_gradient_and_kept(method([checkpointed], start), ids)
+    loss, gradient, kept = loss_gradient_and_kept(method([Frozen(plain)], start), ids)
+    again, gradient_again, kept_again = loss_gradient_and_kept(method([Frozen(checkpointed)], start), ids)
     assert torch.equal(again, loss)
     torch.testing.assert_close(gradient_again, gradient, rtol=1e-6, atol=1e-9)
     assert gradient is not None

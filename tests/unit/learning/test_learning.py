@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from learning_runs import Listening, StopAfter, run
 from tiny_models import tiny_model
 
+from ctp_cli.data.batches import batch_at
 from ctp_cli.data.sources import load_text
 from ctp_cli.data.windows import token_ids, windows
 from ctp_cli.errors import InputError, OutputError, RecipeError
@@ -16,20 +18,15 @@ from ctp_cli.evaluation.perplexity import compare, perplexity
 from ctp_cli.models.head import Scorer, SoftTargets
 from ctp_cli.models.loading import load_model, load_tokenizer
 from ctp_cli.models.resolve import resolve_model
-from ctp_cli.progress import SilentProgress
+from ctp_cli.models.sharding import Frozen
 from ctp_cli.prompts import training
 from ctp_cli.prompts.file import load_prompt
 from ctp_cli.prompts.losses import SoftPromptLoss
 from ctp_cli.prompts.prefix import prefix_of
-from ctp_cli.prompts.training import batch_at, learning_rate_at
-from ctp_cli.recipe import CompressSection, LearnSection
+from ctp_cli.prompts.training import learning_rate_at
+from ctp_cli.recipe import CompressSection
 from ctp_cli.stages.compress import compress
-from ctp_cli.stages.learn import LearnReport, learn_prompt
-
-SECTION: dict[str, Any] = {
-    "tokens": 8, "steps": 12, "batch_size": 4, "seqlen": 48, "validate_every": 4, "validation_windows": 6,
-    "text": "pydoc:train", "validation": "pydoc:validation", "learning_rate": 3e-2,
-}  # fmt: skip
+from ctp_cli.stages.learn import LearnReport
 
 
 @pytest.mark.parametrize("family", ["llama", "llama_tied_gqa", "opt350", "gpt2", "gemma", "bloom", "gpt_neox", "phi"])
@@ -38,7 +35,7 @@ def test_loss_and_gradient_equal_transformers(family: str, tmp_path: Path) -> No
     model = load_model(tiny_model(family, tmp_path / family))
     ids = torch.randint(5, 300, (3, 300), generator=torch.Generator().manual_seed(0))  # 897 positions: several chunks
     prompt = torch.randn(6, model.get_input_embeddings().weight.shape[1], generator=torch.Generator().manual_seed(1))
-    module = SoftPromptLoss([model], prompt)
+    module = SoftPromptLoss([Frozen(model)], prompt)
     loss = module(ids, 0, None)
     loss.backward()
     plain = prompt.clone().requires_grad_()
@@ -90,29 +87,6 @@ def test_learning_rate_rises_then_falls_to_zero() -> None:
     assert rates[9] == 1.0 and rates[0] == pytest.approx(0.1) and rates[100] == 0
     assert all(a < b for a, b in itertools.pairwise(rates[:10]))
     assert all(a > b for a, b in itertools.pairwise(rates[10:]))
-
-
-class StopAfter(SilentProgress):
-    """Interrupts like Ctrl-C, after so many steps."""
-
-    def __init__(self, steps: int) -> None:
-        self.left, self.running = steps, False
-
-    def start(self, description: str, total: int) -> None:
-        self.running = description == "learn"
-
-    def advance(self, units: int = 1, note: str = "") -> None:
-        if self.running and note:
-            self.left -= 1
-            if self.left == 0:
-                raise KeyboardInterrupt
-
-
-def run(models: Path | list[Path], output: Path, progress: Any = None, **changes: Any) -> LearnReport:
-    section = LearnSection(**(SECTION | changes))
-    resolved = [resolve_model(str(path)) for path in (models if isinstance(models, list) else [models])]
-    teacher = resolve_model(section.teacher) if section.teacher else None
-    return learn_prompt(section, models=resolved, teacher=teacher, output=output, progress=progress or SilentProgress())
 
 
 @pytest.mark.parametrize(("stop", "method"), [(1, "soft-prompt"), (5, "soft-prompt"), (11, "kv-prefix")])
@@ -242,7 +216,7 @@ def test_a_teacher_s_targets_are_mixed_with_the_labels(tmp_path: Path) -> None:
     ids = torch.randint(5, 300, (3, 200), generator=torch.Generator().manual_seed(0))
     prompt = torch.randn(6, student.get_input_embeddings().weight.shape[1], generator=torch.Generator().manual_seed(1))
     tokens, probabilities = Scorer(teacher).likeliest(ids, 320)
-    module = SoftPromptLoss([student], prompt)
+    module = SoftPromptLoss([Frozen(student)], prompt)
     loss = module(ids, 0, SoftTargets(tokens, probabilities, 0.3))
     loss.backward()
     plain = prompt.clone().requires_grad_()
@@ -299,14 +273,10 @@ def test_a_tracker_gets_every_step(compressed: Path, tmp_path: Path) -> None:
 
 def test_the_learning_rate_can_be_searched_for(compressed: Path, tmp_path: Path) -> None:
     """What wins the search is what would win it by hand, and the search leaves no trace in what is learned."""
-    said: list[str] = []
-
-    class Listening(SilentProgress):
-        def say(self, message: str) -> None:
-            said.append(message)
-
-    found = run(compressed, tmp_path / "found", Listening(), learning_rate="auto")
-    values = {float(words[2].rstrip(":")): float(words[5]) for words in map(str.split, said) if words[0] == "learning"}
+    listening = Listening()
+    found = run(compressed, tmp_path / "found", listening, learning_rate="auto")
+    lines = [line.split() for line in listening.said if line.startswith("learning")]
+    values = {float(words[2].rstrip(":")): float(words[5]) for words in lines}
     assert list(values) == [0.01, 0.003, 0.03]
     best = min(values, key=lambda rate: values[rate])
     assert json.loads((tmp_path / "found" / "ctp.json").read_text())["results"]["learning_rate"] == best

@@ -15,15 +15,15 @@ LEARN = ("--tokens", "8", "--steps", "48", "--batch-size", "4", "--seqlen", "48"
          "--device", "cpu", "-q")  # fmt: skip
 
 
-def _command(processes: int, model: Path, output: Path) -> list[str]:
+def command(processes: int, model: Path, output: Path) -> list[str]:
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     return [sys.executable, *(launcher if processes > 1 else ()), "-m", "ctp_cli", "learn", str(model), *LEARN,
             "-o", str(output)]  # fmt: skip
 
 
 def _run(processes: int, model: Path, output: Path, *more: str) -> subprocess.CompletedProcess[str]:
-    command = [*_command(processes, model, output), *more]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    whole = [*command(processes, model, output), *more]
+    return subprocess.run(whole, capture_output=True, text=True, timeout=300, check=False)
 
 
 @pytest.mark.slow
@@ -40,7 +40,7 @@ def test_two_processes_learn_what_one_learns_and_go_on_after_a_kill(compressed: 
     torch.testing.assert_close(one, two, rtol=0, atol=2e-3)
 
     state = tmp_path / "cut.partial" / "state.safetensors"
-    running = subprocess.Popen(_command(2, compressed, tmp_path / "cut"), stderr=subprocess.DEVNULL)
+    running = subprocess.Popen(command(2, compressed, tmp_path / "cut"), stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while not state.exists() and time.monotonic() < deadline:
         time.sleep(0.02)

@@ -13,6 +13,7 @@ from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM
 
 from ctp_cli.errors import InputError
+from ctp_cli.models.sharding import Frozen
 from ctp_cli.prompts.file import KvPrefix, load_prompt, save_prompt
 from ctp_cli.prompts.losses import KvPrefixLoss
 from ctp_cli.prompts.prefix import prefix_of
@@ -75,7 +76,7 @@ def test_the_gradient_of_keys_and_values_leads_on_to_that_of_their_prompt(family
     ids = torch.randint(5, 300, (3, 40), generator=torch.Generator().manual_seed(0))
     rows = case.prompt.embeddings.double().requires_grad_()
     key_values = key_values_of(cache_of(model(inputs_embeds=rows[None], use_cache=True)))
-    module = KvPrefixLoss([model], key_values.detach().float())
+    module = KvPrefixLoss([Frozen(model)], key_values.detach().float())
     loss = module(ids, 0, None)
     loss.backward()
     gradient = module.prompt.grad / module.unit_L2111
