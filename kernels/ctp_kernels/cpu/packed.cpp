@@ -1,0 +1,571 @@
+// Products y = x W^T of few rows of x with packed weights: codes are decoded piece by piece, and multiplied at once.
+//
+// M=rows of x N=outputs K=inputs G=groups S=segments, runs of inputs that share a scale, and one of x where x is 8-bit
+//
+// Inputs are taken in blocks of 64; a segment is padded to whole blocks by zeros in x, so that whatever stands in the
+// place of codes there does not count. A pruned weight gets its zero point as code. code - zero is multiplied with x in
+// float32, exactly so; with 8-bit x, it is sum(code * x) - zero * sum(x), of integers and for each lane of a register.
+//
+// Fields of a decoded block are 4 or 8 bits wide. x is laid out in the order in which the fields come out of them.
+
+#include <immintrin.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <new>
+#include <vector>
+
+#include "threads.h"
+
+namespace {
+
+constexpr int64_t kBlock = 64;   // inputs
+constexpr int64_t kRows = 4;     // of x whose sums stay in registers, each
+constexpr int64_t kOutputs = 2;  // for so many outputs
+constexpr int64_t kTaken = 16;   // outputs that a thread takes at a time
+
+enum Kind { kDense = 0, kHalf = 1, kBitmap = 2 };  // kHalf: 8 of each 16 weights are stored, as in 8:16 and 2:4
+
+struct Layer {
+  const uint8_t *codes, *mask;    // (bytes), (N, K / 8) or null
+  const int64_t* starts;          // (N) byte at which an output's codes begin
+  const uint16_t* scales;         // (N, G) float16
+  const uint8_t* zeros;           // (N, G) or null: 2^(bits - 1)
+  int64_t bytes, outputs, inputs, groups, segment, bits;
+  Kind kind;
+  int64_t segments() const { return inputs / segment; }
+  int64_t blocks() const { return (segment + kBlock - 1) / kBlock; }  // of a segment
+};
+
+template <typename T>
+inline T loaded(const void* from) {
+  T value;
+  std::memcpy(&value, from, sizeof value);
+  return value;
+}
+
+inline int64_t bits_in(uint64_t word) { return __builtin_popcountll(word); }
+
+// Decodes a segment of one output: `inputs` codes from bit `at` of `stream` on, `mask` its bits of what is stored.
+// Reads up to kBeyond bytes behind the codes. Returns how many bits were taken.
+using Decode = int64_t (*)(
+    const uint8_t* stream, int64_t at, const uint8_t* mask, int64_t inputs, uint8_t zero, uint8_t* fields);
+
+#if defined(__AVX512VBMI2__) && defined(__AVX512VNNI__)
+
+// ---- AVX-512: fields are bytes, in the order of inputs
+
+using Lanes = __m512;
+constexpr int64_t kLanes = 16;
+constexpr int64_t kBeyond = 80;
+
+inline Lanes nothing() { return _mm512_setzero_ps(); }
+inline Lanes all(float x) { return _mm512_set1_ps(x); }
+inline Lanes lanes(const float* from) { return _mm512_loadu_ps(from); }
+inline Lanes plus(Lanes a, Lanes b) { return _mm512_add_ps(a, b); }
+inline Lanes minus(Lanes a, Lanes b) { return _mm512_sub_ps(a, b); }
+inline Lanes times_plus(Lanes a, Lanes b, Lanes c) { return _mm512_fmadd_ps(a, b, c); }
+inline Lanes minus_times(Lanes c, Lanes a, Lanes b) { return _mm512_fnmadd_ps(a, b, c); }
+inline float sum(Lanes x) { return _mm512_reduce_add_ps(x); }
+
+inline int64_t width(int64_t) { return 8; }
+
+template <int kBits, int kKind>
+int64_t decode(const uint8_t* stream, int64_t at, const uint8_t* mask, int64_t inputs, uint8_t zero, uint8_t* fields) {
+  // 8 codes are kBits bytes: a lane of 64 bits gets the bytes that 8 codes are in, and these are cut out of it
+  alignas(64) uint8_t first[64], shift[64];
+  for (int i = 0; i < 64; ++i) {
+    first[i] = uint8_t(i / 8 * kBits + i % 8);
+    shift[i] = uint8_t(i % 8 * kBits);
+  }
+  const __m512i bytes = _mm512_load_si512(first), shifts = _mm512_load_si512(shift);
+  const int64_t begin = at;
+  for (int64_t k = 0; k < inputs; k += kBlock) {
+    __m512i code = _mm512_loadu_si512(stream + at / 8);
+    if (kBits < 8) {
+      const __m512i from = _mm512_add_epi8(shifts, _mm512_set1_epi8(char(at % 8)));
+      code = _mm512_multishift_epi64_epi8(from, _mm512_permutexvar_epi8(bytes, code));
+      code = _mm512_and_si512(code, _mm512_set1_epi8((1 << kBits) - 1));
+    }
+    int64_t stored = std::min(kBlock, inputs - k);
+    if (kKind != kDense) {
+      uint64_t word = 0;
+      std::memcpy(&word, mask + k / 8, stored / 8);
+      code = _mm512_mask_expand_epi8(_mm512_set1_epi8(char(zero)), word, code);
+      stored = bits_in(word);
+    }
+    _mm512_storeu_si512(fields + k, code);
+    at += kBits * stored;
+  }
+  return at - begin;
+}
+
+struct Floats {
+  using X = float;
+  static constexpr bool kQuantized = false;
+  static void place(const float* x, X* out) { std::memcpy(out, x, kBlock * sizeof(X)); }
+
+  template <int R, int M>
+  static void products(
+      const uint8_t* const* fields, const float* zeros, const X* x, int64_t stride, int64_t blocks, Lanes (*sums)[M]) {
+    constexpr int kChains = M == 1 ? 4 : 1;  // a sum waits for itself, so one row takes several
+    Lanes of[R][M][kChains];
+    for (int r = 0; r < R; ++r)
+      for (int m = 0; m < M; ++m)
+        for (int c = 0; c < kChains; ++c) of[r][m][c] = nothing();
+    for (int64_t b = 0; b < blocks; ++b, x += kBlock)
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j) {
+        Lanes code[R];
+        for (int r = 0; r < R; ++r)
+          code[r] = minus(
+              _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(
+                  _mm_loadu_si128(reinterpret_cast<const __m128i*>(fields[r] + b * kBlock + 16 * j)))),
+              all(zeros[r]));
+        for (int m = 0; m < M; ++m) {
+          const Lanes value = lanes(x + m * stride + 16 * j);
+          for (int r = 0; r < R; ++r) of[r][m][j % kChains] = times_plus(code[r], value, of[r][m][j % kChains]);
+        }
+      }
+    for (int r = 0; r < R; ++r)
+      for (int m = 0; m < M; ++m) {
+        sums[r][m] = of[r][m][0];
+        for (int c = 1; c < kChains; ++c) sums[r][m] = plus(sums[r][m], of[r][m][c]);
+      }
+  }
+};
+
+struct Bytes {
+  using X = int8_t;
+  static constexpr bool kQuantized = true;
+  static void place(const int8_t* x, X* out) { std::memcpy(out, x, kBlock); }
+  static int64_t lane(int64_t k) { return k / 4 % kLanes; }
+
+  template <int R, int M>
+  static void products(
+      const uint8_t* const* fields, const float*, const X* x, int64_t stride, int64_t blocks, Lanes (*sums)[M]) {
+    __m512i of[R][M];
+    for (int r = 0; r < R; ++r)
+      for (int m = 0; m < M; ++m) of[r][m] = _mm512_setzero_si512();
+    for (int64_t b = 0; b < blocks; ++b, x += kBlock) {
+      __m512i code[R];
+      for (int r = 0; r < R; ++r) code[r] = _mm512_loadu_si512(fields[r] + b * kBlock);
+      for (int m = 0; m < M; ++m) {
+        const __m512i value = _mm512_loadu_si512(x + m * stride);
+        for (int r = 0; r < R; ++r) of[r][m] = _mm512_dpbusd_epi32(of[r][m], code[r], value);
+      }
+    }
+    for (int r = 0; r < R; ++r)
+      for (int m = 0; m < M; ++m) sums[r][m] = _mm512_cvtepi32_ps(of[r][m]);
+  }
+};
+
+using FloatsOfNibbles = Floats;
+using FloatsOfBytes = Floats;
+using BytesOfNibbles = Bytes;
+using BytesOfBytes = Bytes;
+
+#else
+
+// ---- AVX2: fields of codes of up to 4 bits are 4 bits wide, and dense 4-bit codes are read where they are stored
+
+using Lanes = __m256;
+constexpr int64_t kLanes = 8;
+constexpr int64_t kBeyond = 16;
+
+inline Lanes nothing() { return _mm256_setzero_ps(); }
+inline Lanes all(float x) { return _mm256_set1_ps(x); }
+inline Lanes lanes(const float* from) { return _mm256_loadu_ps(from); }
+inline Lanes plus(Lanes a, Lanes b) { return _mm256_add_ps(a, b); }
+inline Lanes minus(Lanes a, Lanes b) { return _mm256_sub_ps(a, b); }
+inline Lanes times_plus(Lanes a, Lanes b, Lanes c) { return _mm256_fmadd_ps(a, b, c); }
+inline Lanes minus_times(Lanes c, Lanes a, Lanes b) { return _mm256_fnmadd_ps(a, b, c); }
+inline float sum(Lanes x) {
+  __m128 half = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+  half = _mm_add_ps(half, _mm_movehl_ps(half, half));
+  return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
+}
+inline __m256i integers(const void* from) { return _mm256_loadu_si256(static_cast<const __m256i*>(from)); }
+
+inline int64_t width(int64_t bits) { return bits == 8 ? 8 : 4; }
+
+template <int kBits, int kKind>
+int64_t decode(const uint8_t* stream, int64_t at, const uint8_t* mask, int64_t inputs, uint8_t zero, uint8_t* fields) {
+  constexpr int64_t kWidth = kBits == 8 ? 8 : 4, kCodes = 64 / kWidth;
+  constexpr uint64_t kUnits = ~uint64_t{0} / ((1 << kWidth) - 1), kOnes = (1 << kBits) - 1;
+  const uint64_t zeros = kUnits * zero;
+  const int64_t begin = at;
+  for (int64_t k = 0; k < inputs; k += kCodes) {
+    uint32_t stored = kCodes == 8 ? 255 : 65535;
+    if (kKind != kDense) {
+      if (kCodes == 8 || inputs - k == 8)
+        stored = mask[k / 8];
+      else
+        stored = loaded<uint16_t>(mask + k / 8);
+    }
+    const uint64_t places = kKind == kDense ? kUnits * kOnes : _pdep_u64(stored, kUnits) * kOnes;
+    uint64_t word = loaded<uint64_t>(stream + at / 8);
+    if (kKind == kBitmap && kBits != 8) {  // elsewhere codes of a word begin on a byte
+      word >>= at % 8;
+      // 16 codes of 4 bits are 64 bits, and may reach into a ninth byte
+      if (kBits == 4 && __builtin_expect(stored == 65535, 0) && at % 8) word |= uint64_t(stream[at / 8 + 8]) << 60;
+    }
+    word = _pdep_u64(word, places) | (zeros & ~places);
+    std::memcpy(fields + k * kWidth / 8, &word, sizeof word);
+    at += kBits * (kKind == kBitmap ? bits_in(stored) : kKind == kHalf ? kCodes / 2 : std::min(kCodes, inputs - k));
+  }
+  return at - begin;
+}
+
+// Eight lanes of 32 bits with eight fields each. Fields are not shifted down but for one step of 16 bits: x is divided
+// by what they are multiplied with where they stand, a power of two.
+struct FloatsOfNibbles {
+  using X = float;
+  static constexpr bool kQuantized = false;
+  static void place(const float* x, X* out) {
+    for (int64_t j = 0; j < 8; ++j)
+      for (int64_t lane = 0; lane < 8; ++lane) out[8 * j + lane] = x[8 * lane + j] / float(1 << 4 * (j % 4));
+  }
+
+  template <int R, int M>
+  static void products(
+      const uint8_t* const* fields, const float* zeros, const X* x, int64_t stride, int64_t blocks, Lanes (*sums)[M]) {
+    constexpr int kChains = M == 1 ? 4 : 1;  // a sum waits for itself, so one row takes several
+    Lanes zero[R][4];
+    for (int r = 0; r < R; ++r)
+      for (int j = 0; j < 4; ++j) zero[r][j] = all(zeros[r] * float(1 << 4 * j));
+    Lanes of[R][M][kChains];
+    for (int r = 0; r < R; ++r)
+      for (int m = 0; m < M; ++m)
+        for (int c = 0; c < kChains; ++c) of[r][m][c] = nothing();
+    for (int64_t b = 0; b < blocks; ++b, x += kBlock) {
+      __m256i word[R];
+      for (int r = 0; r < R; ++r) word[r] = integers(fields[r] + b * kBlock / 2);
+#pragma GCC unroll 8
+      for (int j = 0; j < 8; ++j) {
+        Lanes code[R];
+        for (int r = 0; r < R; ++r) {
+          if (j == 4) word[r] = _mm256_srli_epi32(word[r], 16);
+          code[r] = _mm256_cvtepi32_ps(_mm256_and_si256(word[r], _mm256_set1_epi32(15 << 4 * (j % 4))));
+          code[r] = minus(code[r], zero[r][j % 4]);
+        }
+        for (int m = 0; m < M; ++m) {
+          const Lanes value = lanes(x + m * stride + 8 * j);
+          for (int r = 0; r < R; ++r) of[r][m][j % kChains] = times_plus(code[r], value, of[r][m][j % kChains]);
+        }
+      }
+    }
+    for (int r = 0; r < R; ++r)
+      for (int m = 0; m < M; ++m) {
+        sums[r][m] = of[r][m][0];
+        for (int c = 1; c < kChains; ++c) sums[r][m] = plus(sums[r][m], of[r][m][c]);
+      }
+  }
+};
+
+struct FloatsOfBytes {
+  using X = float;
+  static constexpr bool kQuantized = false;
+  static void place(const float* x, X* out) { std::memcpy(out, x, kBlock * sizeof(X)); }
+
+  template <int R, int M>
+  static void products(
+      const uint8_t* const* fields, const float* zeros, const X* x, int64_t stride, int64_t blocks, Lanes (*sums)[M]) {
+    Lanes of[R][M];
+    for (int r = 0; r < R; ++r)
+      for (int m = 0; m < M; ++m) of[r][m] = nothing();
+    for (int64_t k = 0; k < blocks * kBlock; k += 8) {
+      Lanes code[R];
+      for (int r = 0; r < R; ++r)
+        code[r] = minus(
+            _mm256_cvtepi32_ps(
+                _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(fields[r] + k)))),
+            all(zeros[r]));
+      for (int m = 0; m < M; ++m) {
+        const Lanes value = lanes(x + m * stride + k);
+        for (int r = 0; r < R; ++r) of[r][m] = times_plus(code[r], value, of[r][m]);
+      }
+    }
+    for (int r = 0; r < R; ++r)
+      for (int m = 0; m < M; ++m) sums[r][m] = of[r][m];
+  }
+};
+
+// Low fields of bytes are even inputs, high ones odd inputs.
+struct BytesOfNibbles {
+  using X = int8_t;
+  static constexpr bool kQuantized = true;
+  static void place(const int8_t* x, X* out) {
+    for (int64_t k = 0; k < kBlock; ++k) out[k % 2 * 32 + k / 2] = x[k];
+  }
+  static int64_t lane(int64_t k) { return k % kBlock / 8; }
+
+  template <int R, int M>
+  static void products(
+      const uint8_t* const* fields, const float*, const X* x, int64_t stride, int64_t blocks, Lanes (*sums)[M]) {
+    // two products of a code and an 8-bit x are at most 2 * 15 * 127 in size: 16 bits hold eight such sums
+    constexpr int64_t kAtOnce = 4;
+    __m256i of[R][M];
+    for (int r = 0; r < R; ++r)
+      for (int m = 0; m < M; ++m) of[r][m] = _mm256_setzero_si256();
+    const __m256i low = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
+    for (int64_t first = 0; first < blocks; first += kAtOnce) {
+      __m256i few[R][M];
+      for (int r = 0; r < R; ++r)
+        for (int m = 0; m < M; ++m) few[r][m] = _mm256_setzero_si256();
+      for (int64_t b = first; b < std::min(first + kAtOnce, blocks); ++b, x += kBlock) {
+        __m256i even[R], odd[R];
+        for (int r = 0; r < R; ++r) {
+          const __m256i word = integers(fields[r] + b * kBlock / 2);
+          even[r] = _mm256_and_si256(word, low);
+          odd[r] = _mm256_and_si256(_mm256_srli_epi16(word, 4), low);
+        }
+        for (int m = 0; m < M; ++m) {
+          const __m256i of_even = integers(x + m * stride), of_odd = integers(x + m * stride + 32);
+          for (int r = 0; r < R; ++r)
+            few[r][m] = _mm256_add_epi16(
+                few[r][m],
+                _mm256_add_epi16(_mm256_maddubs_epi16(even[r], of_even), _mm256_maddubs_epi16(odd[r], of_odd)));
+        }
+      }
+      for (int r = 0; r < R; ++r)
+        for (int m = 0; m < M; ++m) of[r][m] = _mm256_add_epi32(of[r][m], _mm256_madd_epi16(few[r][m], ones));
+    }
+    for (int r = 0; r < R; ++r)
+      for (int m = 0; m < M; ++m) sums[r][m] = _mm256_cvtepi32_ps(of[r][m]);
+  }
+};
+
+// Products of bytes would saturate 16 bits, so both are 16 bits wide, and their products 32.
+struct BytesOfBytes {
+  using X = int16_t;
+  static constexpr bool kQuantized = true;
+  static void place(const int8_t* x, X* out) { std::copy(x, x + kBlock, out); }
+  static int64_t lane(int64_t k) { return k / 2 % kLanes; }
+
+  template <int R, int M>
+  static void products(
+      const uint8_t* const* fields, const float*, const X* x, int64_t stride, int64_t blocks, Lanes (*sums)[M]) {
+    __m256i of[R][M];
+    for (int r = 0; r < R; ++r)
+      for (int m = 0; m < M; ++m) of[r][m] = _mm256_setzero_si256();
+    for (int64_t k = 0; k < blocks * kBlock; k += 16) {
+      __m256i code[R];
+      for (int r = 0; r < R; ++r)
+        code[r] = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(fields[r] + k)));
+      for (int m = 0; m < M; ++m) {
+        const __m256i value = integers(x + m * stride + k);
+        for (int r = 0; r < R; ++r) of[r][m] = _mm256_add_epi32(of[r][m], _mm256_madd_epi16(code[r], value));
+      }
+    }
+    for (int r = 0; r < R; ++r)
+      for (int m = 0; m < M; ++m) sums[r][m] = _mm256_cvtepi32_ps(of[r][m]);
+  }
+};
+
+#endif
+
+Decode decoder(int64_t bits, Kind kind) {
+  switch (bits * 4 + kind) {
+    case 2 * 4 + kDense: return decode<2, kDense>;
+    case 2 * 4 + kHalf: return decode<2, kHalf>;
+    case 2 * 4 + kBitmap: return decode<2, kBitmap>;
+    case 3 * 4 + kDense: return decode<3, kDense>;
+    case 3 * 4 + kHalf: return decode<3, kHalf>;
+    case 3 * 4 + kBitmap: return decode<3, kBitmap>;
+    case 4 * 4 + kDense: return decode<4, kDense>;
+    case 4 * 4 + kHalf: return decode<4, kHalf>;
+    case 4 * 4 + kBitmap: return decode<4, kBitmap>;
+    case 8 * 4 + kDense: return decode<8, kDense>;
+    default: return decode<8, kBitmap>;
+  }
+}
+
+// x as a form wants it, (M, S, blocks, 64); of 8-bit x, sums for each lane (M, S, kLanes) and scales (M, S)
+template <class Form>
+struct Activations {
+  const Layer& layer;
+  const int64_t row, segments;  // elements of x in a row
+  const std::unique_ptr<typename Form::X[]> x;
+  std::vector<float> sums, scales;
+
+  Activations(const Layer& layer, int64_t rows)
+      : layer(layer),
+        row(layer.segments() * layer.blocks() * kBlock),
+        segments(layer.segments()),
+        x(new typename Form::X[rows * row]),
+        sums(Form::kQuantized ? rows * segments * kLanes : 0),
+        scales(Form::kQuantized ? rows * segments : 0) {}
+
+  void take(const float* from, int64_t m) {
+    from += m * layer.inputs;
+    for (int64_t place = m * segments; place < (m + 1) * segments; ++place, from += layer.segment) {
+      if constexpr (Form::kQuantized) scales[place] = step(from);
+      for (int64_t b = 0; b < layer.blocks(); ++b) {
+        typename Form::X* const to = x.get() + (place * layer.blocks() + b) * kBlock;
+        float values[kBlock] = {};
+        std::copy(from + b * kBlock, from + std::min((b + 1) * kBlock, layer.segment), values);
+        if constexpr (Form::kQuantized) {
+          int8_t codes[kBlock] = {};
+          if (scales[place] > 0)  // not where all are 0, or one is no number
+            for (int64_t k = 0; k < kBlock; ++k) codes[k] = int8_t(std::nearbyintf(values[k] / scales[place]));
+          for (int64_t k = 0; k < kBlock; ++k) sums[place * kLanes + Form::lane(k)] += codes[k];
+          Form::place(codes, to);
+        } else {
+          Form::place(values, to);
+        }
+      }
+    }
+  }
+
+ private:
+  float step(const float* from) const {
+    float largest = 0;
+    for (int64_t k = 0; k < layer.segment; ++k) {
+      if (!std::isfinite(from[k])) return std::numeric_limits<float>::quiet_NaN();
+      largest = std::max(largest, std::fabs(from[k]));
+    }
+    return largest / 127;
+  }
+};
+
+// One output's decoded codes
+class Output {
+ public:
+  std::vector<float> scales, zeros;  // (S)
+
+  explicit Output(const Layer& layer)
+      : scales(layer.segments()),
+        zeros(layer.segments()),
+        layer_(layer),
+        stored_(layer.kind == kDense && layer.bits == width(layer.bits) && layer.segment % kBlock == 0),
+        step_(layer.blocks() * kBlock * width(layer.bits) / 8),
+        decode_(decoder(layer.bits, layer.kind)),
+        buffer_(stored_ ? 0 : layer.segments() * step_),
+        copy_(layer.segment * layer.bits / 8 + kBeyond) {}
+
+  void begin(int64_t o) {
+    o_ = o;
+    at_ = layer_.starts[o] * 8;
+    fields_ = stored_ ? layer_.codes + layer_.starts[o] : buffer_.data();
+    const int64_t per_group = layer_.segments() / layer_.groups;
+    for (int64_t g = 0, s = 0; g < layer_.groups; ++g) {
+      const int64_t place = o * layer_.groups + g;
+      const float scale = _cvtsh_ss(layer_.scales[place]);
+      const float zero = layer_.zeros ? layer_.zeros[place] : 1 << (layer_.bits - 1);
+      for (const int64_t end = s + per_group; s < end; ++s) scales[s] = scale, zeros[s] = zero;
+    }
+  }
+
+  // segment after segment
+  void decode(int64_t s) {
+    if (stored_) return;
+    const uint8_t* from = layer_.codes + at_ / 8;
+    const int64_t needed = int64_t(copy_.size()), there = layer_.bytes - at_ / 8;
+    if (there < needed) {  // nothing is read behind the last code, whatever the mask says
+      std::fill(copy_.begin(), copy_.end(), 0);
+      if (there > 0) std::memcpy(copy_.data(), from, there);
+      from = copy_.data();
+    }
+    const uint8_t* mask = layer_.mask ? layer_.mask + (o_ * layer_.inputs + s * layer_.segment) / 8 : nullptr;
+    at_ += decode_(from, at_ % 8, mask, layer_.segment, uint8_t(zeros[s]), buffer_.data() + s * step_);
+  }
+
+  const uint8_t* fields(int64_t s) const { return fields_ + s * step_; }
+
+ private:
+  const Layer& layer_;
+  const bool stored_;  // as fields are
+  const int64_t step_;
+  const Decode decode_;
+  std::vector<uint8_t> buffer_, copy_;
+  const uint8_t* fields_ = nullptr;
+  int64_t o_ = 0, at_ = 0;
+};
+
+// y (M, N) of M rows from `m` on and R outputs from `o` on
+template <class Form, int R, int M>
+void products(const Activations<Form>& x, int64_t m, Output* outputs, int64_t o, float* y) {
+  const int64_t blocks = x.layer.blocks(), segments = x.segments;
+  Lanes totals[R][M];
+  for (auto& of_output : totals)
+    for (auto& total : of_output) total = nothing();
+  const bool decoding = m == 0;
+  for (int64_t s = decoding ? -1 : 0; s < segments; ++s) {
+    // a segment ahead, so that what is decoded has been written when it is read
+    if (decoding && s + 1 < segments)
+      for (int r = 0; r < R; ++r) outputs[r].decode(s + 1);
+    if (s < 0) continue;
+    const uint8_t* fields[R];
+    float zeros[R];
+    for (int r = 0; r < R; ++r) fields[r] = outputs[r].fields(s), zeros[r] = outputs[r].zeros[s];
+    Lanes sums[R][M];
+    Form::template products<R, M>(fields, zeros, x.x.get() + m * x.row + s * blocks * kBlock, x.row, blocks, sums);
+    for (int i = 0; i < M; ++i)
+      for (int r = 0; r < R; ++r) {
+        float scale = outputs[r].scales[s];
+        if constexpr (Form::kQuantized) {
+          const int64_t place = (m + i) * segments + s;
+          sums[r][i] = minus_times(sums[r][i], all(zeros[r]), lanes(x.sums.data() + place * kLanes));
+          scale *= x.scales[place];
+        }
+        totals[r][i] = times_plus(all(scale), sums[r][i], totals[r][i]);
+      }
+  }
+  for (int r = 0; r < R; ++r)
+    for (int i = 0; i < M; ++i) y[(m + i) * x.layer.outputs + o + r] = sum(totals[r][i]);
+}
+
+template <class Form, int R>
+void all_rows(const Activations<Form>& x, int64_t rows, Output* outputs, int64_t o, float* y) {
+  for (int r = 0; r < R; ++r) outputs[r].begin(o + r);
+  for (int64_t m = 0; m < rows; m += kRows) switch (std::min(kRows, rows - m)) {
+      case 1: products<Form, R, 1>(x, m, outputs, o, y); break;
+      case 2: products<Form, R, 2>(x, m, outputs, o, y); break;
+      case 3: products<Form, R, 3>(x, m, outputs, o, y); break;
+      default: products<Form, R, 4>(x, m, outputs, o, y);
+    }
+}
+
+template <class Form>
+int product(const Layer& layer, const float* x_MK, int64_t rows, float* y_MN, int64_t threads) try {
+  Activations<Form> x(layer, rows);
+  if (rows == 1)
+    x.take(x_MK, 0);
+  else
+    in_parallel(threads, threads, [&](int64_t thread) {
+      for (int64_t m = thread; m < rows; m += threads) x.take(x_MK, m);
+    });
+  std::atomic<int64_t> next{0};
+  return in_parallel(threads, threads, [&](int64_t) {
+    Output outputs[kOutputs] = {Output(layer), Output(layer)};
+    for (int64_t begin; (begin = next.fetch_add(kTaken)) < layer.outputs;) {
+      const int64_t end = std::min(begin + kTaken, layer.outputs);
+      int64_t o = begin;
+      for (; o + kOutputs <= end; o += kOutputs) all_rows<Form, kOutputs>(x, rows, outputs, o, y_MN);
+      for (; o < end; ++o) all_rows<Form, 1>(x, rows, outputs, o, y_MN);
+    }
+  });
+} catch (const std::bad_alloc&) {
+  return 1;
+}
+
+}  // namespace
+
+// y (M, N) float of x (M, K) float. `segment`: inputs, a multiple of 8 (of 16 for kHalf) that divides K / G. `quantized`:
+// x is rounded to 8 bits, with a scale for each segment. Returns 1 if there was not enough memory.
+extern "C" int packed_product(
+    const uint8_t* codes, const uint8_t* mask, const int64_t* starts, const uint16_t* scales, const uint8_t* zeros,
+    int64_t bytes, int64_t outputs, int64_t inputs, int64_t groups, int64_t segment, int64_t bits, int64_t kind,
+    const float* x, int64_t rows, int64_t quantized, float* y, int64_t threads) {
+  const Layer layer{codes, mask, starts, scales, zeros, bytes, outputs, inputs, groups, segment, bits, Kind(kind)};
+  const bool nibbles = width(bits) == 4;
+  if (quantized)
+    return nibbles ? product<BytesOfNibbles>(layer, x, rows, y, threads) : product<BytesOfBytes>(layer, x, rows, y, threads);
+  return nibbles ? product<FloatsOfNibbles>(layer, x, rows, y, threads) : product<FloatsOfBytes>(layer, x, rows, y, threads);
+}
