@@ -18,6 +18,7 @@
 #include <limits>
 #include <memory>
 #include <new>
+#include <type_traits>
 #include <vector>
 
 #include "threads.h"
@@ -26,7 +27,7 @@ namespace {
 
 constexpr int64_t kBlock = 64;   // inputs
 constexpr int64_t kRows = 4;     // of x whose sums stay in registers, each
-constexpr int64_t kOutputs = 2;  // for so many outputs
+constexpr int64_t kOutputs = 2;  // for so many outputs; one row reads one output's codes, as they lie in memory
 constexpr int64_t kTaken = 16;   // outputs that a thread takes at a time
 
 enum Kind { kDense = 0, kHalf = 1, kBitmap = 2 };  // kHalf: 8 of each 16 weights are stored, as in 8:16 and 2:4
@@ -51,10 +52,14 @@ inline T loaded(const void* from) {
 
 inline int64_t bits_in(uint64_t word) { return __builtin_popcountll(word); }
 
-// Decodes a segment of one output: `inputs` codes from bit `at` of `stream` on, `mask` its bits of what is stored.
-// Reads up to kBeyond bytes behind the codes. Returns how many bits were taken.
-using Decode = int64_t (*)(
-    const uint8_t* stream, int64_t at, const uint8_t* mask, int64_t inputs, uint8_t zero, uint8_t* fields);
+// What one output's codes are decoded into and from: `stream` from its first code on, with kBeyond bytes to read behind
+// the last one; `mask` its bits of what is stored; `zeros` (S); `fields` (S, step) bytes.
+struct Row {
+  const uint8_t *stream, *mask, *zeros;
+  int64_t segments, inputs, step;  // inputs of a segment
+  uint8_t* fields;
+};
+using Decode = void (*)(const Row&);
 
 #if defined(__AVX512VBMI2__) && defined(__AVX512VNNI__)
 
@@ -76,7 +81,7 @@ inline float sum(Lanes x) { return _mm512_reduce_add_ps(x); }
 inline int64_t width(int64_t) { return 8; }
 
 template <int kBits, int kKind>
-int64_t decode(const uint8_t* stream, int64_t at, const uint8_t* mask, int64_t inputs, uint8_t zero, uint8_t* fields) {
+void decode(const Row& row) {
   // 8 codes are kBits bytes: a lane of 64 bits gets the bytes that 8 codes are in, and these are cut out of it
   alignas(64) uint8_t first[64], shift[64];
   for (int i = 0; i < 64; ++i) {
@@ -84,25 +89,29 @@ int64_t decode(const uint8_t* stream, int64_t at, const uint8_t* mask, int64_t i
     shift[i] = uint8_t(i % 8 * kBits);
   }
   const __m512i bytes = _mm512_load_si512(first), shifts = _mm512_load_si512(shift);
-  const int64_t begin = at;
-  for (int64_t k = 0; k < inputs; k += kBlock) {
-    __m512i code = _mm512_loadu_si512(stream + at / 8);
-    if (kBits < 8) {
-      const __m512i from = _mm512_add_epi8(shifts, _mm512_set1_epi8(char(at % 8)));
-      code = _mm512_multishift_epi64_epi8(from, _mm512_permutexvar_epi8(bytes, code));
-      code = _mm512_and_si512(code, _mm512_set1_epi8((1 << kBits) - 1));
+  const uint8_t* mask = row.mask;
+  int64_t at = 0;
+  for (int64_t s = 0; s < row.segments; ++s) {
+    uint8_t* fields = row.fields + s * row.step;
+    for (int64_t left = row.inputs; left > 0; left -= kBlock, fields += kBlock) {
+      __m512i code = _mm512_loadu_si512(row.stream + at / 8);
+      if (kBits < 8) {
+        const __m512i from = _mm512_add_epi8(shifts, _mm512_set1_epi8(char(at % 8)));
+        code = _mm512_multishift_epi64_epi8(from, _mm512_permutexvar_epi8(bytes, code));
+        code = _mm512_and_si512(code, _mm512_set1_epi8((1 << kBits) - 1));
+      }
+      int64_t stored = std::min(kBlock, left);
+      if (kKind != kDense) {
+        uint64_t word = 0;
+        std::memcpy(&word, mask, stored / 8);
+        mask += stored / 8;
+        code = _mm512_mask_expand_epi8(_mm512_set1_epi8(char(row.zeros[s])), word, code);
+        stored = bits_in(word);
+      }
+      _mm512_storeu_si512(fields, code);
+      at += kBits * stored;
     }
-    int64_t stored = std::min(kBlock, inputs - k);
-    if (kKind != kDense) {
-      uint64_t word = 0;
-      std::memcpy(&word, mask + k / 8, stored / 8);
-      code = _mm512_mask_expand_epi8(_mm512_set1_epi8(char(zero)), word, code);
-      stored = bits_in(word);
-    }
-    _mm512_storeu_si512(fields + k, code);
-    at += kBits * stored;
   }
-  return at - begin;
 }
 
 struct Floats {
@@ -194,32 +203,47 @@ inline __m256i integers(const void* from) { return _mm256_loadu_si256(static_cas
 
 inline int64_t width(int64_t bits) { return bits == 8 ? 8 : 4; }
 
+// A word of fields, of those inputs that have a bit in `stored`
 template <int kBits, int kKind>
-int64_t decode(const uint8_t* stream, int64_t at, const uint8_t* mask, int64_t inputs, uint8_t zero, uint8_t* fields) {
-  constexpr int64_t kWidth = kBits == 8 ? 8 : 4, kCodes = 64 / kWidth;
-  constexpr uint64_t kUnits = ~uint64_t{0} / ((1 << kWidth) - 1), kOnes = (1 << kBits) - 1;
-  const uint64_t zeros = kUnits * zero;
-  const int64_t begin = at;
-  for (int64_t k = 0; k < inputs; k += kCodes) {
-    uint32_t stored = kCodes == 8 ? 255 : 65535;
-    if (kKind != kDense) {
-      if (kCodes == 8 || inputs - k == 8)
-        stored = mask[k / 8];
-      else
-        stored = loaded<uint16_t>(mask + k / 8);
-    }
-    const uint64_t places = kKind == kDense ? kUnits * kOnes : _pdep_u64(stored, kUnits) * kOnes;
-    uint64_t word = loaded<uint64_t>(stream + at / 8);
-    if (kKind == kBitmap && kBits != 8) {  // elsewhere codes of a word begin on a byte
-      word >>= at % 8;
-      // 16 codes of 4 bits are 64 bits, and may reach into a ninth byte
-      if (kBits == 4 && __builtin_expect(stored == 65535, 0) && at % 8) word |= uint64_t(stream[at / 8 + 8]) << 60;
-    }
-    word = _pdep_u64(word, places) | (zeros & ~places);
-    std::memcpy(fields + k * kWidth / 8, &word, sizeof word);
-    at += kBits * (kKind == kBitmap ? bits_in(stored) : kKind == kHalf ? kCodes / 2 : std::min(kCodes, inputs - k));
+inline uint64_t fields_of(const uint8_t* stream, uint64_t at, uint64_t stored, uint64_t zeros) {
+  constexpr uint64_t kUnits = kBits == 8 ? 0x0101010101010101 : 0x1111111111111111, kOnes = (1 << kBits) - 1;
+  const uint64_t units = kKind == kDense ? kUnits : _pdep_u64(stored, kUnits);
+  const uint64_t places = kBits == 4 ? (units << 4) - units : units * kOnes;
+  uint64_t word = loaded<uint64_t>(stream + at / 8);
+  if (kKind == kBitmap && kBits != 8) {  // elsewhere the codes of a word begin on a byte
+    word >>= at % 8;
+    // 16 codes of 4 bits are 64 bits, and may reach into a ninth byte
+    if (kBits == 4 && __builtin_expect(stored == 65535, 0) && at % 8) word |= uint64_t(stream[at / 8 + 8]) << 60;
   }
-  return at - begin;
+  return _pdep_u64(word, places) | (zeros & ~places);
+}
+
+template <int kBits, int kKind>
+void decode(const Row& row) {
+  constexpr int64_t kCodes = kBits == 8 ? 8 : 16;
+  using Stored = std::conditional_t<kCodes == 8, uint8_t, uint16_t>;
+  const uint8_t* mask = row.mask;
+  uint64_t at = 0;
+  for (int64_t s = 0; s < row.segments; ++s) {
+    uint8_t* fields = row.fields + s * row.step;
+    const uint64_t zeros = (kBits == 8 ? 0x0101010101010101 : 0x1111111111111111) * row.zeros[s];
+    const auto write = [&](uint64_t stored) {
+      const uint64_t word = fields_of<kBits, kKind>(row.stream, at, stored, zeros);
+      std::memcpy(fields, &word, sizeof word);
+      fields += sizeof word;
+      at += kBits * (kKind == kBitmap ? bits_in(stored) : kKind == kHalf ? kCodes / 2 : kCodes);
+    };
+#pragma GCC unroll 4
+    for (int64_t words = row.inputs / kCodes; words > 0; --words) {
+      write(kKind == kDense ? 0 : loaded<Stored>(mask));
+      mask += sizeof(Stored);
+    }
+    if (kCodes == 16 && row.inputs % 16) {
+      write(kKind == kDense ? 0 : *mask);
+      mask += 1;
+      if (kKind == kDense) at -= 8 * kBits;
+    }
+  }
 }
 
 // Eight lanes of 32 bits with eight fields each. Fields are not shifted down but for one step of 16 bits: x is divided
@@ -446,34 +470,32 @@ class Output {
         stored_(layer.kind == kDense && layer.bits == width(layer.bits) && layer.segment % kBlock == 0),
         step_(layer.blocks() * kBlock * width(layer.bits) / 8),
         decode_(decoder(layer.bits, layer.kind)),
+        pruned_(layer.segments()),
         buffer_(stored_ ? 0 : layer.segments() * step_),
-        copy_(layer.segment * layer.bits / 8 + kBeyond) {}
+        copy_(layer.inputs * layer.bits / 8 + kBeyond) {}
 
-  void begin(int64_t o) {
-    o_ = o;
-    at_ = layer_.starts[o] * 8;
-    fields_ = stored_ ? layer_.codes + layer_.starts[o] : buffer_.data();
+  void take(int64_t o) {
     const int64_t per_group = layer_.segments() / layer_.groups;
     for (int64_t g = 0, s = 0; g < layer_.groups; ++g) {
       const int64_t place = o * layer_.groups + g;
       const float scale = _cvtsh_ss(layer_.scales[place]);
-      const float zero = layer_.zeros ? layer_.zeros[place] : 1 << (layer_.bits - 1);
-      for (const int64_t end = s + per_group; s < end; ++s) scales[s] = scale, zeros[s] = zero;
+      const uint8_t zero = layer_.zeros ? layer_.zeros[place] : uint8_t(1 << (layer_.bits - 1));
+      for (const int64_t end = s + per_group; s < end; ++s) scales[s] = scale, zeros[s] = pruned_[s] = zero;
     }
-  }
-
-  // segment after segment
-  void decode(int64_t s) {
-    if (stored_) return;
-    const uint8_t* from = layer_.codes + at_ / 8;
-    const int64_t needed = int64_t(copy_.size()), there = layer_.bytes - at_ / 8;
+    const uint8_t* from = layer_.codes + layer_.starts[o];
+    if (stored_) {
+      fields_ = from;
+      return;
+    }
+    const int64_t needed = int64_t(copy_.size()), there = layer_.bytes - layer_.starts[o];
     if (there < needed) {  // nothing is read behind the last code, whatever the mask says
       std::fill(copy_.begin(), copy_.end(), 0);
-      if (there > 0) std::memcpy(copy_.data(), from, there);
+      std::memcpy(copy_.data(), from, there);
       from = copy_.data();
     }
-    const uint8_t* mask = layer_.mask ? layer_.mask + (o_ * layer_.inputs + s * layer_.segment) / 8 : nullptr;
-    at_ += decode_(from, at_ % 8, mask, layer_.segment, uint8_t(zeros[s]), buffer_.data() + s * step_);
+    const uint8_t* mask = layer_.mask ? layer_.mask + o * layer_.inputs / 8 : nullptr;
+    decode_({from, mask, pruned_.data(), layer_.segments(), layer_.segment, step_, buffer_.data()});
+    fields_ = buffer_.data();
   }
 
   const uint8_t* fields(int64_t s) const { return fields_ + s * step_; }
@@ -483,24 +505,18 @@ class Output {
   const bool stored_;  // as fields are
   const int64_t step_;
   const Decode decode_;
-  std::vector<uint8_t> buffer_, copy_;
+  std::vector<uint8_t> pruned_, buffer_, copy_;
   const uint8_t* fields_ = nullptr;
-  int64_t o_ = 0, at_ = 0;
 };
 
 // y (M, N) of M rows from `m` on and R outputs from `o` on
 template <class Form, int R, int M>
-void products(const Activations<Form>& x, int64_t m, Output* outputs, int64_t o, float* y) {
+void products(const Activations<Form>& x, int64_t m, const Output* outputs, int64_t o, float* y) {
   const int64_t blocks = x.layer.blocks(), segments = x.segments;
   Lanes totals[R][M];
   for (auto& of_output : totals)
     for (auto& total : of_output) total = nothing();
-  const bool decoding = m == 0;
-  for (int64_t s = decoding ? -1 : 0; s < segments; ++s) {
-    // a segment ahead, so that what is decoded has been written when it is read
-    if (decoding && s + 1 < segments)
-      for (int r = 0; r < R; ++r) outputs[r].decode(s + 1);
-    if (s < 0) continue;
+  for (int64_t s = 0; s < segments; ++s) {
     const uint8_t* fields[R];
     float zeros[R];
     for (int r = 0; r < R; ++r) fields[r] = outputs[r].fields(s), zeros[r] = outputs[r].zeros[s];
@@ -523,7 +539,7 @@ void products(const Activations<Form>& x, int64_t m, Output* outputs, int64_t o,
 
 template <class Form, int R>
 void all_rows(const Activations<Form>& x, int64_t rows, Output* outputs, int64_t o, float* y) {
-  for (int r = 0; r < R; ++r) outputs[r].begin(o + r);
+  for (int r = 0; r < R; ++r) outputs[r].take(o + r);
   for (int64_t m = 0; m < rows; m += kRows) switch (std::min(kRows, rows - m)) {
       case 1: products<Form, R, 1>(x, m, outputs, o, y); break;
       case 2: products<Form, R, 2>(x, m, outputs, o, y); break;
@@ -547,7 +563,7 @@ int product(const Layer& layer, const float* x_MK, int64_t rows, float* y_MN, in
     for (int64_t begin; (begin = next.fetch_add(kTaken)) < layer.outputs;) {
       const int64_t end = std::min(begin + kTaken, layer.outputs);
       int64_t o = begin;
-      for (; o + kOutputs <= end; o += kOutputs) all_rows<Form, kOutputs>(x, rows, outputs, o, y_MN);
+      for (; rows > 1 && o + kOutputs <= end; o += kOutputs) all_rows<Form, kOutputs>(x, rows, outputs, o, y_MN);
       for (; o < end; ++o) all_rows<Form, 1>(x, rows, outputs, o, y_MN);
     }
   });
