@@ -61,6 +61,12 @@ struct Row {
 };
 using Decode = void (*)(const Row&);
 
+struct Segment {  // of one output, decoded; codes are fields ^ flip
+  const uint8_t* fields;
+  float zero;
+  uint8_t flip;
+};
+
 #if defined(__AVX512VBMI2__) && defined(__AVX512VNNI__)
 
 // ---- AVX-512: fields are bytes, in the order of inputs
@@ -116,12 +122,11 @@ void decode(const Row& row) {
 
 struct Floats {
   using X = float;
-  static constexpr bool kQuantized = false;
+  static constexpr float kSteps = 0;  // x is as it is
   static void place(const float* x, X* out) { std::memcpy(out, x, kBlock * sizeof(X)); }
 
   template <int R, int M>
-  static void products(
-      const uint8_t* const* fields, const float* zeros, const X* x, int64_t stride, int64_t blocks, Lanes (*sums)[M]) {
+  static void products(const Segment* of_output, const X* x, int64_t stride, int64_t blocks, Lanes (*sums)[M]) {
     constexpr int kChains = M == 1 ? 4 : 1;  // a sum waits for itself, so one row takes several
     Lanes of[R][M][kChains];
     for (int r = 0; r < R; ++r)
@@ -134,8 +139,8 @@ struct Floats {
         for (int r = 0; r < R; ++r)
           code[r] = minus(
               _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(
-                  _mm_loadu_si128(reinterpret_cast<const __m128i*>(fields[r] + b * kBlock + 16 * j)))),
-              all(zeros[r]));
+                  _mm_loadu_si128(reinterpret_cast<const __m128i*>(of_output[r].fields + b * kBlock + 16 * j)))),
+              all(of_output[r].zero));
         for (int m = 0; m < M; ++m) {
           const Lanes value = lanes(x + m * stride + 16 * j);
           for (int r = 0; r < R; ++r) of[r][m][j % kChains] = times_plus(code[r], value, of[r][m][j % kChains]);
@@ -151,19 +156,18 @@ struct Floats {
 
 struct Bytes {
   using X = int8_t;
-  static constexpr bool kQuantized = true;
-  static void place(const int8_t* x, X* out) { std::memcpy(out, x, kBlock); }
+  static constexpr float kSteps = 127;
+  static void place(const int16_t* x, X* out) { std::copy(x, x + kBlock, out); }
   static int64_t lane(int64_t k) { return k / 4 % kLanes; }
 
   template <int R, int M>
-  static void products(
-      const uint8_t* const* fields, const float*, const X* x, int64_t stride, int64_t blocks, Lanes (*sums)[M]) {
+  static void products(const Segment* of_output, const X* x, int64_t stride, int64_t blocks, Lanes (*sums)[M]) {
     __m512i of[R][M];
     for (int r = 0; r < R; ++r)
       for (int m = 0; m < M; ++m) of[r][m] = _mm512_setzero_si512();
     for (int64_t b = 0; b < blocks; ++b, x += kBlock) {
       __m512i code[R];
-      for (int r = 0; r < R; ++r) code[r] = _mm512_loadu_si512(fields[r] + b * kBlock);
+      for (int r = 0; r < R; ++r) code[r] = _mm512_loadu_si512(of_output[r].fields + b * kBlock);
       for (int m = 0; m < M; ++m) {
         const __m512i value = _mm512_loadu_si512(x + m * stride);
         for (int r = 0; r < R; ++r) of[r][m] = _mm512_dpbusd_epi32(of[r][m], code[r], value);
@@ -174,8 +178,36 @@ struct Bytes {
   }
 };
 
+struct Words {
+  using X = int16_t;
+  static constexpr float kSteps = 32767;
+  static void place(const int16_t* x, X* out) { std::copy(x, x + kBlock, out); }
+  static int64_t lane(int64_t k) { return k / 2 % kLanes; }
+
+  template <int R, int M>
+  static void products(const Segment* of_output, const X* x, int64_t stride, int64_t blocks, Lanes (*sums)[M]) {
+    __m512i of[R][M];
+    for (int r = 0; r < R; ++r)
+      for (int m = 0; m < M; ++m) of[r][m] = _mm512_setzero_si512();
+    for (int64_t k = 0; k < blocks * kBlock; k += 32) {
+      __m512i code[R];
+      for (int r = 0; r < R; ++r)
+        code[r] = _mm512_cvtepu8_epi16(
+            _mm256_loadu_si256(reinterpret_cast<const __m256i*>(of_output[r].fields + k)));
+      for (int m = 0; m < M; ++m) {
+        const __m512i value = _mm512_loadu_si512(x + m * stride + k);
+        for (int r = 0; r < R; ++r) of[r][m] = _mm512_dpwssd_epi32(of[r][m], code[r], value);
+      }
+    }
+    for (int r = 0; r < R; ++r)
+      for (int m = 0; m < M; ++m) sums[r][m] = _mm512_cvtepi32_ps(of[r][m]);
+  }
+};
+
 using FloatsOfNibbles = Floats;
 using FloatsOfBytes = Floats;
+using WordsOfNibbles = Words;
+using WordsOfBytes = Words;
 using BytesOfNibbles = Bytes;
 using BytesOfBytes = Bytes;
 
@@ -203,43 +235,57 @@ inline __m256i integers(const void* from) { return _mm256_loadu_si256(static_cas
 
 inline int64_t width(int64_t bits) { return bits == 8 ? 8 : 4; }
 
-// A word of fields, of those inputs that have a bit in `stored`
-template <int kBits, int kKind>
-inline uint64_t fields_of(const uint8_t* stream, uint64_t at, uint64_t stored, uint64_t zeros) {
-  constexpr uint64_t kUnits = kBits == 8 ? 0x0101010101010101 : 0x1111111111111111, kOnes = (1 << kBits) - 1;
-  const uint64_t units = kKind == kDense ? kUnits : _pdep_u64(stored, kUnits);
-  const uint64_t places = kBits == 4 ? (units << 4) - units : units * kOnes;
-  uint64_t word = loaded<uint64_t>(stream + at / 8);
-  if (kKind == kBitmap && kBits != 8) {  // elsewhere the codes of a word begin on a byte
-    word >>= at % 8;
-    // 16 codes of 4 bits are 64 bits, and may reach into a ninth byte
-    if (kBits == 4 && __builtin_expect(stored == 65535, 0) && at % 8) word |= uint64_t(stream[at / 8 + 8]) << 60;
+// Of 8 bits of a mask, the bits of a word of fields that codes of `bits` bits go to; `shift` of them to its upper half
+struct Places {
+  uint64_t of[256];
+  constexpr Places(int bits, int width, int shift) : of() {
+    for (int stored = 0; stored < 256; ++stored)
+      for (int i = 0; i < 8; ++i) of[stored] |= uint64_t(stored >> i & 1) * ((1u << bits) - 1) << (i * width + shift);
   }
-  return _pdep_u64(word, places) | (zeros & ~places);
+};
+
+constexpr uint64_t repeated(int bits) {  // a 1 at the beginning of each code that fits into a word
+  uint64_t word = 0;
+  for (int at = 0; at + bits <= 64; at += bits) word |= uint64_t{1} << at;
+  return word;
 }
 
+// Of 8-bit codes pruned ones become the zero point. Of others, all become code ^ zero point, and pruned ones 0, which takes
+// fewer instructions; a form undoes it (Segment::flip).
 template <int kBits, int kKind>
-void decode(const Row& row) {
-  constexpr int64_t kCodes = kBits == 8 ? 8 : 16;
-  using Stored = std::conditional_t<kCodes == 8, uint8_t, uint16_t>;
+void decode(const Row& given) {
+  const Row row = given;  // or each byte that is written might change it, as far as a compiler knows
+  constexpr bool kBytes = kBits == 8;
+  constexpr int64_t kCodes = kBytes ? 8 : 16;
+  static constexpr Places kLow(kBits, kBytes ? 8 : 4, 0), kHigh(kBytes ? 0 : kBits, 4, kBytes ? 0 : 32);
   const uint8_t* mask = row.mask;
   uint64_t at = 0;
   for (int64_t s = 0; s < row.segments; ++s) {
     uint8_t* fields = row.fields + s * row.step;
-    const uint64_t zeros = (kBits == 8 ? 0x0101010101010101 : 0x1111111111111111) * row.zeros[s];
-    const auto write = [&](uint64_t stored) {
-      const uint64_t word = fields_of<kBits, kKind>(row.stream, at, stored, zeros);
+    const uint64_t zeros = repeated(kBits) * row.zeros[s];
+    const auto write = [&](uint64_t places) {
+      uint64_t word = loaded<uint64_t>(row.stream + at / 8);
+      if (kKind == kBitmap && !kBytes) {  // elsewhere the codes of a word begin on a byte
+        word >>= at % 8;
+        // 16 codes of 4 bits are 64 bits, and may reach into a ninth byte
+        if (kBits == 4 && __builtin_expect(!~places, 0) && at % 8) word |= uint64_t(row.stream[at / 8 + 8]) << 60;
+      }
+      if (kKind == kDense)
+        word = _pdep_u64(word, places);
+      else if (kBytes)
+        word = _pdep_u64(word, places) | (zeros & ~places);
+      else
+        word = _pdep_u64(word ^ zeros, places);
       std::memcpy(fields, &word, sizeof word);
       fields += sizeof word;
-      at += kBits * (kKind == kBitmap ? bits_in(stored) : kKind == kHalf ? kCodes / 2 : kCodes);
+      at += kKind == kBitmap ? bits_in(places) : kKind == kHalf ? kBits * kCodes / 2 : kBits * kCodes;
     };
+    const auto stored = [&](int64_t byte) { return kKind == kDense ? 255 : mask[byte]; };
 #pragma GCC unroll 4
-    for (int64_t words = row.inputs / kCodes; words > 0; --words) {
-      write(kKind == kDense ? 0 : loaded<Stored>(mask));
-      mask += sizeof(Stored);
-    }
-    if (kCodes == 16 && row.inputs % 16) {
-      write(kKind == kDense ? 0 : *mask);
+    for (int64_t words = row.inputs / kCodes; words > 0; --words, mask += kCodes / 8)
+      write(kLow.of[stored(0)] | (kBytes ? 0 : kHigh.of[stored(1)]));
+    if (row.inputs % kCodes) {
+      write(kLow.of[stored(0)]);
       mask += 1;
       if (kKind == kDense) at -= 8 * kBits;
     }
@@ -250,26 +296,27 @@ void decode(const Row& row) {
 // by what they are multiplied with where they stand, a power of two.
 struct FloatsOfNibbles {
   using X = float;
-  static constexpr bool kQuantized = false;
+  static constexpr float kSteps = 0;  // x is as it is
   static void place(const float* x, X* out) {
     for (int64_t j = 0; j < 8; ++j)
       for (int64_t lane = 0; lane < 8; ++lane) out[8 * j + lane] = x[8 * lane + j] / float(1 << 4 * (j % 4));
   }
 
   template <int R, int M>
-  static void products(
-      const uint8_t* const* fields, const float* zeros, const X* x, int64_t stride, int64_t blocks, Lanes (*sums)[M]) {
+  static void products(const Segment* of_output, const X* x, int64_t stride, int64_t blocks, Lanes (*sums)[M]) {
     constexpr int kChains = M == 1 ? 4 : 1;  // a sum waits for itself, so one row takes several
     Lanes zero[R][4];
+    __m256i flip[R];
+    for (int r = 0; r < R; ++r) flip[r] = _mm256_set1_epi8(char(of_output[r].flip));
     for (int r = 0; r < R; ++r)
-      for (int j = 0; j < 4; ++j) zero[r][j] = all(zeros[r] * float(1 << 4 * j));
+      for (int j = 0; j < 4; ++j) zero[r][j] = all(of_output[r].zero * float(1 << 4 * j));
     Lanes of[R][M][kChains];
     for (int r = 0; r < R; ++r)
       for (int m = 0; m < M; ++m)
         for (int c = 0; c < kChains; ++c) of[r][m][c] = nothing();
     for (int64_t b = 0; b < blocks; ++b, x += kBlock) {
       __m256i word[R];
-      for (int r = 0; r < R; ++r) word[r] = integers(fields[r] + b * kBlock / 2);
+      for (int r = 0; r < R; ++r) word[r] = _mm256_xor_si256(integers(of_output[r].fields + b * kBlock / 2), flip[r]);
 #pragma GCC unroll 8
       for (int j = 0; j < 8; ++j) {
         Lanes code[R];
@@ -294,12 +341,11 @@ struct FloatsOfNibbles {
 
 struct FloatsOfBytes {
   using X = float;
-  static constexpr bool kQuantized = false;
+  static constexpr float kSteps = 0;  // x is as it is
   static void place(const float* x, X* out) { std::memcpy(out, x, kBlock * sizeof(X)); }
 
   template <int R, int M>
-  static void products(
-      const uint8_t* const* fields, const float* zeros, const X* x, int64_t stride, int64_t blocks, Lanes (*sums)[M]) {
+  static void products(const Segment* of_output, const X* x, int64_t stride, int64_t blocks, Lanes (*sums)[M]) {
     Lanes of[R][M];
     for (int r = 0; r < R; ++r)
       for (int m = 0; m < M; ++m) of[r][m] = nothing();
@@ -308,8 +354,8 @@ struct FloatsOfBytes {
       for (int r = 0; r < R; ++r)
         code[r] = minus(
             _mm256_cvtepi32_ps(
-                _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(fields[r] + k)))),
-            all(zeros[r]));
+                _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(of_output[r].fields + k)))),
+            all(of_output[r].zero));
       for (int m = 0; m < M; ++m) {
         const Lanes value = lanes(x + m * stride + k);
         for (int r = 0; r < R; ++r) of[r][m] = times_plus(code[r], value, of[r][m]);
@@ -323,17 +369,18 @@ struct FloatsOfBytes {
 // Low fields of bytes are even inputs, high ones odd inputs.
 struct BytesOfNibbles {
   using X = int8_t;
-  static constexpr bool kQuantized = true;
-  static void place(const int8_t* x, X* out) {
-    for (int64_t k = 0; k < kBlock; ++k) out[k % 2 * 32 + k / 2] = x[k];
+  static constexpr float kSteps = 127;
+  static void place(const int16_t* x, X* out) {
+    for (int64_t k = 0; k < kBlock; ++k) out[k % 2 * 32 + k / 2] = X(x[k]);
   }
   static int64_t lane(int64_t k) { return k % kBlock / 8; }
 
   template <int R, int M>
-  static void products(
-      const uint8_t* const* fields, const float*, const X* x, int64_t stride, int64_t blocks, Lanes (*sums)[M]) {
+  static void products(const Segment* of_output, const X* x, int64_t stride, int64_t blocks, Lanes (*sums)[M]) {
     // two products of a code and an 8-bit x are at most 2 * 15 * 127 in size: 16 bits hold eight such sums
     constexpr int64_t kAtOnce = 4;
+    __m256i flip[R];
+    for (int r = 0; r < R; ++r) flip[r] = _mm256_set1_epi8(char(of_output[r].flip));
     __m256i of[R][M];
     for (int r = 0; r < R; ++r)
       for (int m = 0; m < M; ++m) of[r][m] = _mm256_setzero_si256();
@@ -345,7 +392,7 @@ struct BytesOfNibbles {
       for (int64_t b = first; b < std::min(first + kAtOnce, blocks); ++b, x += kBlock) {
         __m256i even[R], odd[R];
         for (int r = 0; r < R; ++r) {
-          const __m256i word = integers(fields[r] + b * kBlock / 2);
+          const __m256i word = _mm256_xor_si256(integers(of_output[r].fields + b * kBlock / 2), flip[r]);
           even[r] = _mm256_and_si256(word, low);
           odd[r] = _mm256_and_si256(_mm256_srli_epi16(word, 4), low);
         }
@@ -365,23 +412,58 @@ struct BytesOfNibbles {
   }
 };
 
-// Products of bytes would saturate 16 bits, so both are 16 bits wide, and their products 32.
-struct BytesOfBytes {
+// Sixteen lanes of 16 bits with four fields each.
+struct WordsOfNibbles {
   using X = int16_t;
-  static constexpr bool kQuantized = true;
-  static void place(const int8_t* x, X* out) { std::copy(x, x + kBlock, out); }
+  static constexpr float kSteps = 32767;
+  static void place(const int16_t* x, X* out) {
+    for (int64_t k = 0; k < kBlock; ++k) out[k % 4 * 16 + k / 4] = x[k];
+  }
+  static int64_t lane(int64_t k) { return k % kBlock / 8; }
+
+  template <int R, int M>
+  static void products(const Segment* of_output, const X* x, int64_t stride, int64_t blocks, Lanes (*sums)[M]) {
+    __m256i flip[R], of[R][M];
+    for (int r = 0; r < R; ++r) flip[r] = _mm256_set1_epi8(char(of_output[r].flip));
+    for (int r = 0; r < R; ++r)
+      for (int m = 0; m < M; ++m) of[r][m] = _mm256_setzero_si256();
+    for (int64_t b = 0; b < blocks; ++b, x += kBlock) {
+      __m256i word[R];
+      for (int r = 0; r < R; ++r)
+        word[r] = _mm256_xor_si256(integers(of_output[r].fields + b * kBlock / 2), flip[r]);
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j) {
+        __m256i code[R];
+        for (int r = 0; r < R; ++r)
+          code[r] = _mm256_and_si256(_mm256_srli_epi16(word[r], 4 * j), _mm256_set1_epi16(15));
+        for (int m = 0; m < M; ++m) {
+          const __m256i value = integers(x + m * stride + 16 * j);
+          for (int r = 0; r < R; ++r) of[r][m] = _mm256_add_epi32(of[r][m], _mm256_madd_epi16(code[r], value));
+        }
+      }
+    }
+    for (int r = 0; r < R; ++r)
+      for (int m = 0; m < M; ++m) sums[r][m] = _mm256_cvtepi32_ps(of[r][m]);
+  }
+};
+
+// Also where x is 8-bit: products of bytes would saturate 16 bits.
+template <int kLargest>
+struct Widened {
+  using X = int16_t;
+  static constexpr float kSteps = kLargest;
+  static void place(const int16_t* x, X* out) { std::copy(x, x + kBlock, out); }
   static int64_t lane(int64_t k) { return k / 2 % kLanes; }
 
   template <int R, int M>
-  static void products(
-      const uint8_t* const* fields, const float*, const X* x, int64_t stride, int64_t blocks, Lanes (*sums)[M]) {
+  static void products(const Segment* of_output, const X* x, int64_t stride, int64_t blocks, Lanes (*sums)[M]) {
     __m256i of[R][M];
     for (int r = 0; r < R; ++r)
       for (int m = 0; m < M; ++m) of[r][m] = _mm256_setzero_si256();
     for (int64_t k = 0; k < blocks * kBlock; k += 16) {
       __m256i code[R];
       for (int r = 0; r < R; ++r)
-        code[r] = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(fields[r] + k)));
+        code[r] = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(of_output[r].fields + k)));
       for (int m = 0; m < M; ++m) {
         const __m256i value = integers(x + m * stride + k);
         for (int r = 0; r < R; ++r) of[r][m] = _mm256_add_epi32(of[r][m], _mm256_madd_epi16(code[r], value));
@@ -391,6 +473,9 @@ struct BytesOfBytes {
       for (int m = 0; m < M; ++m) sums[r][m] = _mm256_cvtepi32_ps(of[r][m]);
   }
 };
+
+using WordsOfBytes = Widened<32767>;
+using BytesOfBytes = Widened<127>;
 
 #endif
 
@@ -410,7 +495,7 @@ Decode decoder(int64_t bits, Kind kind) {
   }
 }
 
-// x as a form wants it, (M, S, blocks, 64); of 8-bit x, sums for each lane (M, S, kLanes) and scales (M, S)
+// x as a form wants it, (M, S, blocks, 64); of integers, sums for each lane (M, S, kLanes) and scales (M, S)
 template <class Form>
 struct Activations {
   const Layer& layer;
@@ -423,21 +508,21 @@ struct Activations {
         row(layer.segments() * layer.blocks() * kBlock),
         segments(layer.segments()),
         x(new typename Form::X[rows * row]),
-        sums(Form::kQuantized ? rows * segments * kLanes : 0),
-        scales(Form::kQuantized ? rows * segments : 0) {}
+        sums(Form::kSteps > 0 ? rows * segments * kLanes : 0),
+        scales(Form::kSteps > 0 ? rows * segments : 0) {}
 
   void take(const float* from, int64_t m) {
     from += m * layer.inputs;
     for (int64_t place = m * segments; place < (m + 1) * segments; ++place, from += layer.segment) {
-      if constexpr (Form::kQuantized) scales[place] = step(from);
+      if constexpr (Form::kSteps > 0) scales[place] = step(from);
       for (int64_t b = 0; b < layer.blocks(); ++b) {
         typename Form::X* const to = x.get() + (place * layer.blocks() + b) * kBlock;
         float values[kBlock] = {};
         std::copy(from + b * kBlock, from + std::min((b + 1) * kBlock, layer.segment), values);
-        if constexpr (Form::kQuantized) {
-          int8_t codes[kBlock] = {};
+        if constexpr (Form::kSteps > 0) {
+          int16_t codes[kBlock] = {};
           if (scales[place] > 0)  // not where all are 0, or one is no number
-            for (int64_t k = 0; k < kBlock; ++k) codes[k] = int8_t(std::nearbyintf(values[k] / scales[place]));
+            for (int64_t k = 0; k < kBlock; ++k) codes[k] = int16_t(std::nearbyintf(values[k] / scales[place]));
           for (int64_t k = 0; k < kBlock; ++k) sums[place * kLanes + Form::lane(k)] += codes[k];
           Form::place(codes, to);
         } else {
@@ -454,23 +539,23 @@ struct Activations {
       if (!std::isfinite(from[k])) return std::numeric_limits<float>::quiet_NaN();
       largest = std::max(largest, std::fabs(from[k]));
     }
-    return largest / 127;
+    return largest / Form::kSteps;
   }
 };
 
 // One output's decoded codes
 class Output {
  public:
-  std::vector<float> scales, zeros;  // (S)
+  std::vector<float> scales;  // (S)
 
   explicit Output(const Layer& layer)
       : scales(layer.segments()),
-        zeros(layer.segments()),
         layer_(layer),
         stored_(layer.kind == kDense && layer.bits == width(layer.bits) && layer.segment % kBlock == 0),
+        flipped_(layer.mask && width(layer.bits) == 4),
         step_(layer.blocks() * kBlock * width(layer.bits) / 8),
         decode_(decoder(layer.bits, layer.kind)),
-        pruned_(layer.segments()),
+        zeros_(layer.segments()),
         buffer_(stored_ ? 0 : layer.segments() * step_),
         copy_(layer.inputs * layer.bits / 8 + kBeyond) {}
 
@@ -480,7 +565,7 @@ class Output {
       const int64_t place = o * layer_.groups + g;
       const float scale = _cvtsh_ss(layer_.scales[place]);
       const uint8_t zero = layer_.zeros ? layer_.zeros[place] : uint8_t(1 << (layer_.bits - 1));
-      for (const int64_t end = s + per_group; s < end; ++s) scales[s] = scale, zeros[s] = pruned_[s] = zero;
+      for (const int64_t end = s + per_group; s < end; ++s) scales[s] = scale, zeros_[s] = zero;
     }
     const uint8_t* from = layer_.codes + layer_.starts[o];
     if (stored_) {
@@ -494,40 +579,41 @@ class Output {
       from = copy_.data();
     }
     const uint8_t* mask = layer_.mask ? layer_.mask + o * layer_.inputs / 8 : nullptr;
-    decode_({from, mask, pruned_.data(), layer_.segments(), layer_.segment, step_, buffer_.data()});
+    decode_({from, mask, zeros_.data(), layer_.segments(), layer_.segment, step_, buffer_.data()});
     fields_ = buffer_.data();
   }
 
-  const uint8_t* fields(int64_t s) const { return fields_ + s * step_; }
+  Segment segment(int64_t s) const {
+    return {fields_ + s * step_, float(zeros_[s]), uint8_t(flipped_ ? zeros_[s] * 17 : 0)};
+  }
 
  private:
   const Layer& layer_;
-  const bool stored_;  // as fields are
+  const bool stored_, flipped_;  // as fields are; by zero points
   const int64_t step_;
   const Decode decode_;
-  std::vector<uint8_t> pruned_, buffer_, copy_;
+  std::vector<uint8_t> zeros_, buffer_, copy_;
   const uint8_t* fields_ = nullptr;
 };
 
 // y (M, N) of M rows from `m` on and R outputs from `o` on
-template <class Form, int R, int M>
-void products(const Activations<Form>& x, int64_t m, const Output* outputs, int64_t o, float* y) {
-  const int64_t blocks = x.layer.blocks(), segments = x.segments;
+template <class Form, int R, int M, int B>
+void products_of(const Activations<Form>& x, int64_t m, const Output* outputs, int64_t o, float* y) {
+  const int64_t blocks = B ? B : x.layer.blocks(), segments = x.segments;
   Lanes totals[R][M];
   for (auto& of_output : totals)
     for (auto& total : of_output) total = nothing();
   for (int64_t s = 0; s < segments; ++s) {
-    const uint8_t* fields[R];
-    float zeros[R];
-    for (int r = 0; r < R; ++r) fields[r] = outputs[r].fields(s), zeros[r] = outputs[r].zeros[s];
+    Segment of_output[R];
+    for (int r = 0; r < R; ++r) of_output[r] = outputs[r].segment(s);
     Lanes sums[R][M];
-    Form::template products<R, M>(fields, zeros, x.x.get() + m * x.row + s * blocks * kBlock, x.row, blocks, sums);
+    Form::template products<R, M>(of_output, x.x.get() + m * x.row + s * blocks * kBlock, x.row, blocks, sums);
     for (int i = 0; i < M; ++i)
       for (int r = 0; r < R; ++r) {
         float scale = outputs[r].scales[s];
-        if constexpr (Form::kQuantized) {
+        if constexpr (Form::kSteps > 0) {
           const int64_t place = (m + i) * segments + s;
-          sums[r][i] = minus_times(sums[r][i], all(zeros[r]), lanes(x.sums.data() + place * kLanes));
+          sums[r][i] = minus_times(sums[r][i], all(of_output[r].zero), lanes(x.sums.data() + place * kLanes));
           scale *= x.scales[place];
         }
         totals[r][i] = times_plus(all(scale), sums[r][i], totals[r][i]);
@@ -535,6 +621,14 @@ void products(const Activations<Form>& x, int64_t m, const Output* outputs, int6
   }
   for (int r = 0; r < R; ++r)
     for (int i = 0; i < M; ++i) y[(m + i) * x.layer.outputs + o + r] = sum(totals[r][i]);
+}
+
+template <class Form, int R, int M>
+void products(const Activations<Form>& x, int64_t m, const Output* outputs, int64_t o, float* y) {
+  if (x.layer.blocks() == 2)
+    products_of<Form, R, M, 2>(x, m, outputs, o, y);
+  else
+    products_of<Form, R, M, 0>(x, m, outputs, o, y);
 }
 
 template <class Form, int R>
@@ -573,15 +667,20 @@ int product(const Layer& layer, const float* x_MK, int64_t rows, float* y_MN, in
 
 }  // namespace
 
-// y (M, N) float of x (M, K) float. `segment`: inputs, a multiple of 8 (of 16 for kHalf) that divides K / G. `quantized`:
-// x is rounded to 8 bits, with a scale for each segment. Returns 1 if there was not enough memory.
+// y (M, N) float of x (M, K) float. `segment`: inputs, a multiple of 8 (of 16 for kHalf) that divides K / G. `width`: bits
+// that x is rounded to, 8 or 16, with a scale for each segment; 32: it is not. Returns 1 if there was not enough memory.
 extern "C" int packed_product(
     const uint8_t* codes, const uint8_t* mask, const int64_t* starts, const uint16_t* scales, const uint8_t* zeros,
     int64_t bytes, int64_t outputs, int64_t inputs, int64_t groups, int64_t segment, int64_t bits, int64_t kind,
-    const float* x, int64_t rows, int64_t quantized, float* y, int64_t threads) {
+    const float* x, int64_t rows, int64_t width, float* y, int64_t threads) {
   const Layer layer{codes, mask, starts, scales, zeros, bytes, outputs, inputs, groups, segment, bits, Kind(kind)};
-  const bool nibbles = width(bits) == 4;
-  if (quantized)
-    return nibbles ? product<BytesOfNibbles>(layer, x, rows, y, threads) : product<BytesOfBytes>(layer, x, rows, y, threads);
-  return nibbles ? product<FloatsOfNibbles>(layer, x, rows, y, threads) : product<FloatsOfBytes>(layer, x, rows, y, threads);
+  const auto with = [&](auto of_nibbles, auto of_bytes) {
+    return bits < 8 ? product<decltype(of_nibbles)>(layer, x, rows, y, threads)
+                    : product<decltype(of_bytes)>(layer, x, rows, y, threads);
+  };
+  switch (width) {
+    case 8: return with(BytesOfNibbles{}, BytesOfBytes{});
+    case 16: return with(WordsOfNibbles{}, WordsOfBytes{});
+    default: return with(FloatsOfNibbles{}, FloatsOfBytes{});
+  }
 }
