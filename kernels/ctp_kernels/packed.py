@@ -23,8 +23,8 @@ from ctp_kernels.reference import PackedParts
 
 BITS = (2, 3, 4, 8)
 _SEGMENT, _SHORT, _LONGEST = 128, 48, 2048
-"""Inputs of a segment, a run with scales of its own. Groups are cut into the longest equal segments between the first two;
-a group without such a divisor is one segment, padded to a multiple of 64, of no more inputs than 32-bit sums hold."""
+"""Inputs of a segment, a run with scales of its own. Groups are cut into the longest equal ones between the first two,
+or are one segment, of no more inputs than 32-bit sums hold. Each is padded to a multiple of 64."""
 _DENSE, _HALF, _BITMAP = range(3)
 _STORED = torch.tensor([byte.bit_count() for byte in range(256)], dtype=torch.uint8)
 """Weights that a byte of a mask stores."""
@@ -59,27 +59,24 @@ class PackedLayer:
                 raise ValueError("needs groups of as many inputs each")
             order = parts.g_idx.long().argsort(stable=True)
             parts = replace(_ordered(parts, order), g_idx=None)
-        parts = replace(parts, codes=parts.codes.contiguous(), scales=parts.scales.contiguous())
-        outputs, inputs = parts.outputs, parts.inputs
+        mask_NB, zeros_NG = (None if x is None else x.contiguous() for x in (parts.mask, parts.zeros))
+        parts = replace(
+            parts, codes=parts.codes.contiguous(), mask=mask_NB, scales=parts.scales.contiguous(), zeros=zeros_NG
+        )
         kind = _DENSE
-        if parts.mask is None:
-            starts_N = torch.arange(outputs + 1) * (inputs * parts.bits // 8)
+        if mask_NB is None:
+            starts_N = torch.arange(parts.outputs + 1) * (parts.inputs * parts.bits // 8)
         else:
-            parts = replace(parts, mask=parts.mask.contiguous())
-            kept_NB = _STORED[parts.mask.int()]
+            kept_NB = _STORED[mask_NB.int()]
             lengths_N = (kept_NB.sum(1, dtype=torch.int64) * parts.bits + 7) // 8
             starts_N = torch.cat([lengths_N.new_zeros(1), lengths_N.cumsum(0)])
             halves = parts.bits != 8 and _segment(parts) % 16 == 0
-            if halves and bool((kept_NB[:, ::2] + kept_NB[:, 1::2] == 8).all()):
-                kind = _HALF
-            else:
-                kind = _BITMAP
+            halves = halves and bool((kept_NB[:, ::2] + kept_NB[:, 1::2] == 8).all())
+            kind = _HALF if halves else _BITMAP
         if int(starts_N[-1]) != parts.codes.numel():
             raise ValueError(f"{parts.codes.numel()} bytes of codes where there should be {int(starts_N[-1])}")
-        if parts.zeros is not None:
-            parts = replace(parts, zeros=parts.zeros.contiguous())
-            if int(parts.zeros.max()) >= 2**parts.bits:
-                raise ValueError(f"zero points of up to {int(parts.zeros.max())} with codes of {parts.bits} bits")
+        if zeros_NG is not None and int(zeros_NG.max()) >= 2**parts.bits:
+            raise ValueError(f"zero points of up to {int(zeros_NG.max())} with codes of {parts.bits} bits")
         return cls(parts, starts_N, order, kind)
 
     def stored(self, g_idx: Tensor | None) -> PackedParts:
@@ -95,7 +92,7 @@ def available() -> bool:
 
 
 def refusal(parts: PackedParts) -> str:
-    """Why these products do not take such a layer, by shapes and types alone (meta tensors will do); empty if they do."""
+    """Why these products do not take such a layer, by shapes and types alone; empty if they do."""
     if parts.bits not in BITS:
         return f"takes codes of 2, 3, 4 or 8 bits, not {parts.bits}"
     if parts.scales.dim() != 2 or parts.scales.dtype != torch.float16:
@@ -170,7 +167,9 @@ def _segment(parts: PackedParts) -> int:
 
 def _ordered(parts: PackedParts, order: Tensor) -> PackedParts:
     """The same weights with their inputs in this order."""
-    keep_NK = torch.ones(parts.outputs, parts.inputs, dtype=torch.bool) if parts.mask is None else unpack_bits(parts.mask)
+    keep_NK = (
+        torch.ones(parts.outputs, parts.inputs, dtype=torch.bool) if parts.mask is None else unpack_bits(parts.mask)
+    )
     codes_NK, kept_NK = unpack_kept(parts.codes.flatten(), keep_NK, parts.bits)[:, order], keep_NK[:, order]
     return replace(
         parts,

@@ -18,6 +18,7 @@
 #include <limits>
 #include <memory>
 #include <new>
+#include <numeric>
 #include <type_traits>
 #include <vector>
 
@@ -63,8 +64,7 @@ using Decode = void (*)(const Row&);
 
 struct Segment {  // of one output, decoded; codes are fields ^ flip
   const uint8_t* fields;
-  float zero;
-  uint8_t flip;
+  uint8_t zero, flip;
 };
 
 #if defined(__AVX512VBMI2__) && defined(__AVX512VNNI__)
@@ -81,8 +81,13 @@ inline Lanes lanes(const float* from) { return _mm512_loadu_ps(from); }
 inline Lanes plus(Lanes a, Lanes b) { return _mm512_add_ps(a, b); }
 inline Lanes minus(Lanes a, Lanes b) { return _mm512_sub_ps(a, b); }
 inline Lanes times_plus(Lanes a, Lanes b, Lanes c) { return _mm512_fmadd_ps(a, b, c); }
-inline Lanes minus_times(Lanes c, Lanes a, Lanes b) { return _mm512_fnmadd_ps(a, b, c); }
 inline float sum(Lanes x) { return _mm512_reduce_add_ps(x); }
+
+using Integers = __m512i;
+inline Lanes minus_times(Integers sums, int32_t zero, const int32_t* of_x) {
+  const __m512i zeros = _mm512_mullo_epi32(_mm512_set1_epi32(zero), _mm512_loadu_si512(of_x));
+  return _mm512_cvtepi32_ps(_mm512_sub_epi32(sums, zeros));
+}
 
 inline int64_t width(int64_t) { return 8; }
 
@@ -123,10 +128,11 @@ void decode(const Row& row) {
 struct Floats {
   using X = float;
   static constexpr float kSteps = 0;  // x is as it is
+  using Sum = Lanes;
   static void place(const float* x, X* out) { std::memcpy(out, x, kBlock * sizeof(X)); }
 
   template <int R, int M>
-  static void products(const Segment* of_output, const X* x, int64_t stride, int64_t blocks, Lanes (*sums)[M]) {
+  static void products(const Segment* of_output, const X* x, int64_t stride, int64_t blocks, Sum (*sums)[M]) {
     constexpr int kChains = M == 1 ? 4 : 1;  // a sum waits for itself, so one row takes several
     Lanes of[R][M][kChains];
     for (int r = 0; r < R; ++r)
@@ -157,11 +163,12 @@ struct Floats {
 struct Bytes {
   using X = int8_t;
   static constexpr float kSteps = 127;
+  using Sum = Integers;
   static void place(const int16_t* x, X* out) { std::copy(x, x + kBlock, out); }
-  static int64_t lane(int64_t k) { return k / 4 % kLanes; }
+  static constexpr int64_t kRun = 4;  // neighbouring inputs of a lane
 
   template <int R, int M>
-  static void products(const Segment* of_output, const X* x, int64_t stride, int64_t blocks, Lanes (*sums)[M]) {
+  static void products(const Segment* of_output, const X* x, int64_t stride, int64_t blocks, Sum (*sums)[M]) {
     __m512i of[R][M];
     for (int r = 0; r < R; ++r)
       for (int m = 0; m < M; ++m) of[r][m] = _mm512_setzero_si512();
@@ -174,18 +181,19 @@ struct Bytes {
       }
     }
     for (int r = 0; r < R; ++r)
-      for (int m = 0; m < M; ++m) sums[r][m] = _mm512_cvtepi32_ps(of[r][m]);
+      for (int m = 0; m < M; ++m) sums[r][m] = of[r][m];
   }
 };
 
 struct Words {
   using X = int16_t;
   static constexpr float kSteps = 32767;
+  using Sum = Integers;
   static void place(const int16_t* x, X* out) { std::copy(x, x + kBlock, out); }
-  static int64_t lane(int64_t k) { return k / 2 % kLanes; }
+  static constexpr int64_t kRun = 2;
 
   template <int R, int M>
-  static void products(const Segment* of_output, const X* x, int64_t stride, int64_t blocks, Lanes (*sums)[M]) {
+  static void products(const Segment* of_output, const X* x, int64_t stride, int64_t blocks, Sum (*sums)[M]) {
     __m512i of[R][M];
     for (int r = 0; r < R; ++r)
       for (int m = 0; m < M; ++m) of[r][m] = _mm512_setzero_si512();
@@ -200,7 +208,7 @@ struct Words {
       }
     }
     for (int r = 0; r < R; ++r)
-      for (int m = 0; m < M; ++m) sums[r][m] = _mm512_cvtepi32_ps(of[r][m]);
+      for (int m = 0; m < M; ++m) sums[r][m] = of[r][m];
   }
 };
 
@@ -225,11 +233,16 @@ inline Lanes lanes(const float* from) { return _mm256_loadu_ps(from); }
 inline Lanes plus(Lanes a, Lanes b) { return _mm256_add_ps(a, b); }
 inline Lanes minus(Lanes a, Lanes b) { return _mm256_sub_ps(a, b); }
 inline Lanes times_plus(Lanes a, Lanes b, Lanes c) { return _mm256_fmadd_ps(a, b, c); }
-inline Lanes minus_times(Lanes c, Lanes a, Lanes b) { return _mm256_fnmadd_ps(a, b, c); }
 inline float sum(Lanes x) {
   __m128 half = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
   half = _mm_add_ps(half, _mm_movehl_ps(half, half));
   return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
+}
+
+using Integers = __m256i;
+inline Lanes minus_times(Integers sums, int32_t zero, const int32_t* of_x) {
+  const __m256i of_lanes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(of_x));
+  return _mm256_cvtepi32_ps(_mm256_sub_epi32(sums, _mm256_mullo_epi32(_mm256_set1_epi32(zero), of_lanes)));
 }
 inline __m256i integers(const void* from) { return _mm256_loadu_si256(static_cast<const __m256i*>(from)); }
 
@@ -297,19 +310,20 @@ void decode(const Row& given) {
 struct FloatsOfNibbles {
   using X = float;
   static constexpr float kSteps = 0;  // x is as it is
+  using Sum = Lanes;
   static void place(const float* x, X* out) {
     for (int64_t j = 0; j < 8; ++j)
       for (int64_t lane = 0; lane < 8; ++lane) out[8 * j + lane] = x[8 * lane + j] / float(1 << 4 * (j % 4));
   }
 
   template <int R, int M>
-  static void products(const Segment* of_output, const X* x, int64_t stride, int64_t blocks, Lanes (*sums)[M]) {
+  static void products(const Segment* of_output, const X* x, int64_t stride, int64_t blocks, Sum (*sums)[M]) {
     constexpr int kChains = M == 1 ? 4 : 1;  // a sum waits for itself, so one row takes several
     Lanes zero[R][4];
     __m256i flip[R];
     for (int r = 0; r < R; ++r) flip[r] = _mm256_set1_epi8(char(of_output[r].flip));
     for (int r = 0; r < R; ++r)
-      for (int j = 0; j < 4; ++j) zero[r][j] = all(of_output[r].zero * float(1 << 4 * j));
+      for (int j = 0; j < 4; ++j) zero[r][j] = all(float(of_output[r].zero) * float(1 << 4 * j));
     Lanes of[R][M][kChains];
     for (int r = 0; r < R; ++r)
       for (int m = 0; m < M; ++m)
@@ -342,10 +356,11 @@ struct FloatsOfNibbles {
 struct FloatsOfBytes {
   using X = float;
   static constexpr float kSteps = 0;  // x is as it is
+  using Sum = Lanes;
   static void place(const float* x, X* out) { std::memcpy(out, x, kBlock * sizeof(X)); }
 
   template <int R, int M>
-  static void products(const Segment* of_output, const X* x, int64_t stride, int64_t blocks, Lanes (*sums)[M]) {
+  static void products(const Segment* of_output, const X* x, int64_t stride, int64_t blocks, Sum (*sums)[M]) {
     Lanes of[R][M];
     for (int r = 0; r < R; ++r)
       for (int m = 0; m < M; ++m) of[r][m] = nothing();
@@ -370,13 +385,14 @@ struct FloatsOfBytes {
 struct BytesOfNibbles {
   using X = int8_t;
   static constexpr float kSteps = 127;
+  using Sum = Integers;
   static void place(const int16_t* x, X* out) {
     for (int64_t k = 0; k < kBlock; ++k) out[k % 2 * 32 + k / 2] = X(x[k]);
   }
-  static int64_t lane(int64_t k) { return k % kBlock / 8; }
+  static constexpr int64_t kRun = 8;
 
   template <int R, int M>
-  static void products(const Segment* of_output, const X* x, int64_t stride, int64_t blocks, Lanes (*sums)[M]) {
+  static void products(const Segment* of_output, const X* x, int64_t stride, int64_t blocks, Sum (*sums)[M]) {
     // two products of a code and an 8-bit x are at most 2 * 15 * 127 in size: 16 bits hold eight such sums
     constexpr int64_t kAtOnce = 4;
     __m256i flip[R];
@@ -408,7 +424,7 @@ struct BytesOfNibbles {
         for (int m = 0; m < M; ++m) of[r][m] = _mm256_add_epi32(of[r][m], _mm256_madd_epi16(few[r][m], ones));
     }
     for (int r = 0; r < R; ++r)
-      for (int m = 0; m < M; ++m) sums[r][m] = _mm256_cvtepi32_ps(of[r][m]);
+      for (int m = 0; m < M; ++m) sums[r][m] = of[r][m];
   }
 };
 
@@ -416,13 +432,14 @@ struct BytesOfNibbles {
 struct WordsOfNibbles {
   using X = int16_t;
   static constexpr float kSteps = 32767;
+  using Sum = Integers;
   static void place(const int16_t* x, X* out) {
     for (int64_t k = 0; k < kBlock; ++k) out[k % 4 * 16 + k / 4] = x[k];
   }
-  static int64_t lane(int64_t k) { return k % kBlock / 8; }
+  static constexpr int64_t kRun = 8;
 
   template <int R, int M>
-  static void products(const Segment* of_output, const X* x, int64_t stride, int64_t blocks, Lanes (*sums)[M]) {
+  static void products(const Segment* of_output, const X* x, int64_t stride, int64_t blocks, Sum (*sums)[M]) {
     __m256i flip[R], of[R][M];
     for (int r = 0; r < R; ++r) flip[r] = _mm256_set1_epi8(char(of_output[r].flip));
     for (int r = 0; r < R; ++r)
@@ -443,7 +460,7 @@ struct WordsOfNibbles {
       }
     }
     for (int r = 0; r < R; ++r)
-      for (int m = 0; m < M; ++m) sums[r][m] = _mm256_cvtepi32_ps(of[r][m]);
+      for (int m = 0; m < M; ++m) sums[r][m] = of[r][m];
   }
 };
 
@@ -452,11 +469,12 @@ template <int kLargest>
 struct Widened {
   using X = int16_t;
   static constexpr float kSteps = kLargest;
+  using Sum = Integers;
   static void place(const int16_t* x, X* out) { std::copy(x, x + kBlock, out); }
-  static int64_t lane(int64_t k) { return k / 2 % kLanes; }
+  static constexpr int64_t kRun = 2;
 
   template <int R, int M>
-  static void products(const Segment* of_output, const X* x, int64_t stride, int64_t blocks, Lanes (*sums)[M]) {
+  static void products(const Segment* of_output, const X* x, int64_t stride, int64_t blocks, Sum (*sums)[M]) {
     __m256i of[R][M];
     for (int r = 0; r < R; ++r)
       for (int m = 0; m < M; ++m) of[r][m] = _mm256_setzero_si256();
@@ -470,7 +488,7 @@ struct Widened {
       }
     }
     for (int r = 0; r < R; ++r)
-      for (int m = 0; m < M; ++m) sums[r][m] = _mm256_cvtepi32_ps(of[r][m]);
+      for (int m = 0; m < M; ++m) sums[r][m] = of[r][m];
   }
 };
 
@@ -501,7 +519,8 @@ struct Activations {
   const Layer& layer;
   const int64_t row, segments;  // elements of x in a row
   const std::unique_ptr<typename Form::X[]> x;
-  std::vector<float> sums, scales;
+  std::vector<int32_t> sums;
+  std::vector<float> scales;
 
   Activations(const Layer& layer, int64_t rows)
       : layer(layer),
@@ -521,9 +540,12 @@ struct Activations {
         std::copy(from + b * kBlock, from + std::min((b + 1) * kBlock, layer.segment), values);
         if constexpr (Form::kSteps > 0) {
           int16_t codes[kBlock] = {};
-          if (scales[place] > 0)  // not where all are 0, or one is no number
-            for (int64_t k = 0; k < kBlock; ++k) codes[k] = int16_t(std::nearbyintf(values[k] / scales[place]));
-          for (int64_t k = 0; k < kBlock; ++k) sums[place * kLanes + Form::lane(k)] += codes[k];
+          if (scales[place] > 0) {  // not where all are 0, or one is no number
+            const float steps = 1 / scales[place];
+            for (int64_t k = 0; k < kBlock; ++k) codes[k] = int16_t(int32_t(std::nearbyintf(values[k] * steps)));
+          }
+          for (int64_t k = 0; k < kBlock; k += Form::kRun)
+            sums[place * kLanes + k / Form::kRun % kLanes] += std::accumulate(codes + k, codes + k + Form::kRun, 0);
           Form::place(codes, to);
         } else {
           Form::place(values, to);
@@ -575,7 +597,7 @@ class Output {
     const int64_t needed = int64_t(copy_.size()), there = layer_.bytes - layer_.starts[o];
     if (there < needed) {  // nothing is read behind the last code, whatever the mask says
       std::fill(copy_.begin(), copy_.end(), 0);
-      std::memcpy(copy_.data(), from, there);
+      if (there > 0) std::memcpy(copy_.data(), from, there);
       from = copy_.data();
     }
     const uint8_t* mask = layer_.mask ? layer_.mask + o * layer_.inputs / 8 : nullptr;
@@ -584,7 +606,7 @@ class Output {
   }
 
   Segment segment(int64_t s) const {
-    return {fields_ + s * step_, float(zeros_[s]), uint8_t(flipped_ ? zeros_[s] * 17 : 0)};
+    return {fields_ + s * step_, zeros_[s], uint8_t(flipped_ ? zeros_[s] * 17 : 0)};
   }
 
  private:
@@ -606,17 +628,17 @@ void products_of(const Activations<Form>& x, int64_t m, const Output* outputs, i
   for (int64_t s = 0; s < segments; ++s) {
     Segment of_output[R];
     for (int r = 0; r < R; ++r) of_output[r] = outputs[r].segment(s);
-    Lanes sums[R][M];
+    typename Form::Sum sums[R][M];
     Form::template products<R, M>(of_output, x.x.get() + m * x.row + s * blocks * kBlock, x.row, blocks, sums);
     for (int i = 0; i < M; ++i)
       for (int r = 0; r < R; ++r) {
-        float scale = outputs[r].scales[s];
-        if constexpr (Form::kSteps > 0) {
-          const int64_t place = (m + i) * segments + s;
-          sums[r][i] = minus_times(sums[r][i], all(of_output[r].zero), lanes(x.sums.data() + place * kLanes));
-          scale *= x.scales[place];
-        }
-        totals[r][i] = times_plus(all(scale), sums[r][i], totals[r][i]);
+        const int64_t place = (m + i) * segments + s;
+        if constexpr (Form::kSteps > 0)
+          totals[r][i] = times_plus(
+              all(outputs[r].scales[s] * x.scales[place]),
+              minus_times(sums[r][i], of_output[r].zero, x.sums.data() + place * kLanes), totals[r][i]);
+        else
+          totals[r][i] = times_plus(all(outputs[r].scales[s]), sums[r][i], totals[r][i]);
       }
   }
   for (int r = 0; r < R; ++r)
