@@ -141,8 +141,8 @@ def measure(
     """Time products with random layers of these shapes, 4 bits, for each number of rows.
 
     On the CPU: bfloat16 and float32 `F.linear`, `torch.mv` for one row, PyTorch's int4 product, and ours with dense
-    codes, 2:4, 8:16 and a bitmap of half of the weights, on bfloat16 and with x in 8 bits; ONNX Runtime's int4 product where onnxruntime and
-    onnx are installed. On a GPU: float16 `F.linear` and ours.
+    codes, 2:4, 8:16 and a bitmap of half of the weights, on bfloat16 and with x in 8 bits; ONNX Runtime's int4 product
+    where onnxruntime and onnx are installed. On a GPU: float16 `F.linear` and ours.
     `generator` is one of the CPU's. `on_run` is called `len(shapes) * len(batches) * (rounds + 1)` times.
     """
     where, caches = torch.device(device), cache_bytes(device)
