@@ -266,4 +266,4 @@ def test_the_kernels_way_in_the_interpreter() -> None:
         tolerance = 1e-3 if "float16" in name else 1e-6
         # a NaN compares as False, too
         assert all(error < tolerance for error in found["errors"]), (name, found)
-        assert found["bfloat16"] == "dense", "which the interpreter gets wrong"
+        assert "triton" not in found["bfloat16"], "which the interpreter gets wrong"
