@@ -5,6 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 from ctp_kernels import packed, reference
+from ctp_kernels.cpu import build
+from ctp_kernels.cpu.build import AVX2_F16C, AVX512_VNNI, Level
 from ctp_kernels.packed import PackedLayer, product, product_int8, product_int16
 from ctp_kernels.ragged import pack_bits, pack_kept
 from ctp_kernels.reference import PackedParts
@@ -154,6 +156,12 @@ def test_a_mask_changed_behind_our_back_reads_nothing_that_is_not_ours() -> None
     assert parts.mask is not None
     parts.mask.fill_(255)  # with an address sanitizer this test shows more
     assert product(torch.ones(1, 256), layer).isfinite().all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("level", [AVX2_F16C, AVX512_VNNI])
+def test_every_level_compiles_with_its_own_flags(level: Level) -> None:
+    assert build._built("packed", level.flags).exists()
 
 
 def test_what_does_not_fit_is_refused() -> None:
