@@ -51,6 +51,9 @@ class PackedLayer:
         """
         if why := refusal(parts):
             raise ValueError(why)
+        tensors = (parts.codes, parts.mask, parts.scales, parts.zeros, parts.g_idx)
+        if away := [str(x.device) for x in tensors if x is not None and x.device.type != "cpu"]:
+            raise ValueError(f"takes tensors on the CPU, not on {away[0]}")
         order = None
         if parts.g_idx is not None:
             groups = parts.scales.shape[1]
@@ -126,7 +129,8 @@ def product_int16(x_MK: Tensor, layer: PackedLayer) -> Tensor:
     """As `product`, with x rounded to a step of 1 / 32767 of the largest in each run of at most 128 inputs.
 
     That is at most 1e-4 of such a run's norm, and 3e-5 for values of a normal distribution; bfloat16 itself rounds to
-    2e-3, float16 to 2e-4. Products of integers are summed without rounding within a run.
+    2e-3, float16 to 2e-4. A run of values below 1e-30 is taken as zeros. Products of integers are summed without
+    rounding within a run.
     """
     return _product(x_MK, layer, 16)
 

@@ -97,7 +97,7 @@ struct Activations {
       if (!std::isfinite(from[k])) return std::numeric_limits<float>::quiet_NaN();
       largest = std::max(largest, std::fabs(from[k]));
     }
-    return largest / Form::kSteps;
+    return largest < 1e-30f ? 0 : largest / Form::kSteps;  // of less, 1 / step might not be finite
   }
 };
 

@@ -120,6 +120,14 @@ def test_rows_of_zeros_outliers_and_what_is_no_number() -> None:
     check(parts, x[:3])
 
 
+def test_values_whose_step_has_no_inverse_are_zeros_to_integers() -> None:
+    layer = PackedLayer.of(random_parts("dense", bits=4, outputs=40, inputs=256, groups=2, symmetric=True))
+    tiny = torch.full((1, 256), 1e-37)
+    assert (product(tiny, layer) != 0).any()
+    for by_integers in INTEGERS:
+        assert torch.equal(by_integers(tiny, layer), torch.zeros(1, 40))
+
+
 def test_a_pruned_row_gives_zeros_whatever_its_zero_points_are() -> None:
     parts = random_parts("bitmap", bits=4, outputs=40, inputs=256, groups=2, symmetric=False)
     assert not reference.kept(parts)[-1].any()
@@ -178,6 +186,7 @@ def test_what_does_not_fit_is_refused() -> None:
         (replace(whole, zeros=whole.zeros + 16), "zero points of up to"),
         (replace(whole, scales=whole.scales.float()), "float16"),
         (replace(whole, bits=5), "not 5"),
+        (replace(whole, codes=whole.codes.to("meta")), "on the CPU, not on meta"),
         (replace(whole, g_idx=torch.zeros(256, dtype=torch.int32)), "as many inputs"),
         (replace(whole, g_idx=torch.zeros(255, dtype=torch.int32)), "256 inputs"),
     ):
