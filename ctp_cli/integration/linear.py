@@ -17,8 +17,8 @@ from ctp_cli.checkpoints.packed import PackedSettings
 class PackedLinear(nn.Module):
     """Buffers are the parts of a layer as format ctp stores them (`ctp_cli.checkpoints.packed`).
 
-    Where a way of multiplying wants them in a form of its own (the Triton kernels, PyTorch's int4 product), that form
-    takes their place at the first product, as buffers that are not saved, so that nothing is in memory twice. Saving,
+    Where a way of multiplying wants them in a form of its own (the Triton kernels, scattered groups), that form takes
+    their place at the first product, as buffers that are not saved, so that nothing is in memory twice. Saving,
     loading and moving the layer bring the stored parts back first, to the last bit; the next product converts them.
     """
 
@@ -38,14 +38,17 @@ class PackedLinear(nn.Module):
         for part in self._names:
             self.register_buffer(part, parts.get(part))
         self.bias = nn.Parameter(torch.empty(out_features, device="meta"), requires_grad=False) if bias else None
+        self.int8_activations = False
+        """Whether products on the CPU may round x to 8 bits (`dispatch.prepare`); takes effect with `prepare`."""
         self._weight: dispatch.Weight | None = None
         self._form: object | None = None
 
     def prepare(self) -> None:
         """Find where rows begin. Raises ValueError if the parts do not go together."""
+        self._restore()
         assert self.codes is not None and self.scales is not None
         stored = {name: getattr(self, name) for name in self._names}
-        weight = dispatch.prepare(PackedParts(bits=self.bits, **stored))
+        weight = dispatch.prepare(PackedParts(bits=self.bits, **stored), int8_activations=self.int8_activations)
         if (weight.outputs, weight.inputs) != (self.out_features, self.in_features):
             raise ValueError(
                 f"{weight.outputs} x {weight.inputs} weights of a layer of {self.out_features} x {self.in_features}"

@@ -1,5 +1,6 @@
 """transformers' interface for formats of quantized weights, for format ctp."""
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -36,7 +37,10 @@ class CtpConfig(QuantizationConfigMixin):
 
 @register_quantizer(PackedSettings.name)
 class CtpQuantizer(HfQuantizer):
-    """Linear layers become `PackedLinear`; their weights are never dense for longer than a product takes."""
+    """Linear layers become `PackedLinear`; their weights are never dense for longer than a product takes.
+
+    The environment variable CTP_INT8_ACTIVATIONS=1 lets products on the CPU round activations to 8 bits.
+    """
 
     requires_calibration = True
     quantization_config: CtpConfig
@@ -73,6 +77,7 @@ class CtpQuantizer(HfQuantizer):
             del model.config.transformers_weights  # of how it was loaded; it would be saved with the model
         for name, module in model.named_modules():
             if isinstance(module, PackedLinear):
+                module.int8_activations = os.environ.get("CTP_INT8_ACTIVATIONS") == "1"
                 try:
                     module.prepare()
                 except ValueError as error:

@@ -8,15 +8,18 @@ Ways:
 
 - triton: the kernels of `ctp_kernels.triton`, on GPUs;
 - triton dense: for thousands of rows of x, weights made dense by a kernel and multiplied by PyTorch's product;
-- int4: PyTorch's product with 4-bit weights on the CPU, for few rows of bfloat16;
+- packed: codes decoded in registers on the CPU, for some rows (`ctp_kernels.packed`); packed int8: the same with x
+  rounded to 8 bits, where that is asked for;
+- int4: PyTorch's product with 4-bit weights on the CPU, for few rows of bfloat16, where there is no compiler;
 - dense: weights made dense for each product (`ctp_kernels.unpack`), anywhere.
 
-A layer is held once: as it is stored, or, from its first product on, as that way wants it. `Weight.stored` gives back
-the stored form to the last bit, so the two never take memory at the same time.
+A layer is held once: as it is stored, or, from its first product on, in the form that its way wants. `Weight.stored`
+gives back the stored form to the last bit, so the two never take memory at the same time.
 
 M=rows (batch x tokens) N=outputs K=inputs G=groups
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,24 +27,32 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ctp_kernels import packed
 from ctp_kernels.arithmetic import wide
 from ctp_kernels.cpu.build import cpu_features
+from ctp_kernels.packed import PackedLayer
 from ctp_kernels.ragged import pack_bits, pack_kept, row_starts, unpack_bits
 from ctp_kernels.reference import PackedParts
 from ctp_kernels.triton import layouts, ops
 from ctp_kernels.unpack import dense_rows
 
 TRITON, TRITON_DENSE, INT4, DENSE = "triton", "triton dense", "int4", "dense"
-WAYS = (TRITON, TRITON_DENSE, INT4, DENSE)
+PACKED_INT8, PACKED = "packed int8", "packed"
+WAYS = (TRITON, TRITON_DENSE, PACKED_INT8, PACKED, INT4, DENSE)
 """In the order in which they are asked for."""
 _WHY = {
     TRITON: "weights are multiplied as they are packed",
     TRITON_DENSE: "with this many rows, making weights dense once is little work beside the product",
+    PACKED_INT8: "as packed, with activations rounded to 8 bits, as was asked for",
+    PACKED: "codes are decoded in registers and multiplied at once",
     INT4: "PyTorch multiplies with 4-bit codes, and nothing is made dense",
     DENSE: "weights are made dense for each product, which works anywhere",
 }
 _MANY_ROWS = 2048
 """From here on tiles of packed weights would be decoded by too many programs. Not measured yet."""
+_SOME_ROWS = 128
+"""Up to here decoding in registers was faster than dense weights on a processor with AVX2: 1.2 to 2.5 times with 4096 x
+4096 weights, as fast with 576 x 576. They meet between 128 and 256 rows, with a bitmap later."""
 _FEW_ROWS = 16
 """Up to here PyTorch's int4 product, whose time grows with the rows, was over four times as fast as dense weights on a
 processor with AVX2. They met near 64 rows there; where products are faster they meet earlier."""
@@ -59,29 +70,33 @@ class Choice:
         return "\n".join(lines)
 
 
-def explain(parts: PackedParts, *, device: torch.device | str, dtype: torch.dtype, rows: int) -> Choice:
+def explain(
+    parts: PackedParts, *, device: torch.device | str, dtype: torch.dtype, rows: int, int8_activations: bool = False
+) -> Choice:
     """Which way y = x W^T takes for `rows` rows of x in `dtype` on `device`, and why.
 
     Shapes and types of `parts` are what counts: they may be on the meta device. A GPU that is not there is taken for
     one that the kernels support.
     """
-    return _choose(parts, torch.device(device), dtype, rows, {})
+    return _choose(parts, torch.device(device), dtype, rows, {}, int8_activations)
 
 
-def prepare(parts: PackedParts) -> "Weight":
+def prepare(parts: PackedParts, *, int8_activations: bool = False) -> "Weight":
     """A layer ready for `matmul`. Its tensors are taken over, not copied; nothing is converted before it is needed.
 
     Shapes, dtypes: as `reference.PackedParts` has them, all tensors on one device.
+    int8_activations: x may be rounded to 8 bits, which is faster and costs about 6e-3 of y (`packed.product_int8`).
+        It is where there is a kernel for it; larger batches, gradients and GPUs compute as without.
     Raises: ValueError if the parts do not go together.
     """
-    return Weight(parts)
+    return Weight(parts, int8_activations=int8_activations)
 
 
 def matmul(x: Tensor, weight: "Weight") -> Tensor:
     """y = x W^T, differentiable with respect to x.
 
     Shapes: x (..., K), any float dtype, on the weight's device; returns (..., N) in x's dtype.
-    Errors against float64, relative: 1e-6 for float32, 1e-3 for float16, 3e-3 for bfloat16.
+    Errors against float64, relative: 1e-6 for float32, 1e-3 for float16, 3e-3 for bfloat16, 1e-2 where x is 8-bit.
     Raises: ValueError for another width or device, or integers.
     """
     if x.shape[-1] != weight.inputs or not x.is_floating_point():
@@ -95,9 +110,11 @@ def matmul(x: Tensor, weight: "Weight") -> Tensor:
 class Weight:
     """A packed layer, held as it is stored or as the way of its last product wants it. Made by `prepare`."""
 
-    def __init__(self, parts: PackedParts) -> None:
+    def __init__(self, parts: PackedParts, *, int8_activations: bool = False) -> None:
+        self.int8_activations = int8_activations
         self._parts: PackedParts | None = parts
-        self._own: layouts.PackedWeight | _Int4 | None = None
+        self._own: _Own | None = None
+        self._layer: PackedLayer | None = None  # of the tensors in `_parts`, or `_own` itself
         self._g_idx = parts.g_idx
         self._ways: dict[tuple[torch.dtype, int], str] = {}
         self._refused: dict[str, str] = {}
@@ -109,7 +126,7 @@ class Weight:
 
     def explain(self, dtype: torch.dtype, rows: int) -> Choice:
         """As the function of that name, for this layer where it is."""
-        return _choose(self._about, self.device, dtype, rows, self._refused)
+        return _choose(self._about, self.device, dtype, rows, self._refused, self.int8_activations)
 
     @property
     def form(self) -> object | None:
@@ -121,11 +138,13 @@ class Weight:
         if self._parts is not None:
             return self._parts
         assert self._own is not None
-        return self._own.stored() if isinstance(self._own, _Int4) else _stored(self._own, self._about, self._g_idx)
+        if isinstance(self._own, layouts.PackedWeight):
+            return _stored(self._own, self._about, self._g_idx)
+        return self._own.stored() if isinstance(self._own, _Int4) else self._own.stored(self._g_idx)
 
     def restore(self) -> PackedParts:
         """`stored`, and hold the layer that way again until its next product."""
-        self._parts, self._own = self.stored(), None
+        self._parts, self._own, self._layer = self.stored(), None, None
         return self._parts
 
     def tensors(self) -> dict[str, Tensor]:
@@ -133,6 +152,11 @@ class Weight:
         if self._parts is not None:
             return _tensors(self._parts)
         assert self._own is not None
+        if isinstance(self._own, PackedLayer):
+            held = {"order": self._own.order, "codes": self._own.parts.codes, "mask": self._own.parts.mask}
+            own = {f"own_{name}": tensor for name, tensor in held.items() if tensor is not None}
+            rest = {"scales": self._own.parts.scales, "zeros": self._own.parts.zeros, "g_idx": self._g_idx}
+            return own | {name: tensor for name, tensor in rest.items() if tensor is not None}
         own = {f"own_{name}": tensor for name, tensor in self._own.tensors().items()}
         if isinstance(self._own, _Int4):
             return own | {name: x for name, x in _tensors(self._own.rest).items() if name != "codes"}
@@ -142,34 +166,36 @@ class Weight:
         """The weights (N, K) in `dtype`, rounded once from float32 products."""
         if isinstance(self._own, layouts.PackedWeight) and dtype in ops.DTYPES:
             return ops.dequantize(self._own, dtype=dtype)
-        parts = self.stored()
-        zeros_NG = parts.zeros
-        if zeros_NG is None:
-            zeros_NG = torch.full_like(parts.scales, 2 ** (parts.bits - 1))
-        return dense_rows(
-            parts.codes, parts.mask, self._starts_N, parts.scales, zeros_NG,
-            bits=parts.bits, dtype=dtype, g_idx_I=parts.g_idx,
-        )  # fmt: skip
+        if isinstance(self._own, PackedLayer) and self._own.order is not None:
+            return _dense(self._own.parts, self._own.starts_N, dtype)[:, self._own.order.argsort()]
+        return _dense(self.stored(), self._starts_N, dtype)
 
-    def form_for(self, dtype: torch.dtype, rows: int) -> "layouts.PackedWeight | _Int4 | None":
+    def form_for(self, dtype: torch.dtype, rows: int) -> "_Own | None":
         """The form that the chosen way wants, made if need be; None for dense weights."""
-        bounds = (0, _FEW_ROWS, _MANY_ROWS)
+        bounds = (0, _FEW_ROWS, _SOME_ROWS, _MANY_ROWS)
         kind = (dtype, sum(rows > bound for bound in bounds))
         way = self._ways.get(kind)
         if way is None:
             way = self._ways[kind] = self.explain(dtype, rows).way
         if way == DENSE:
             return None
-        wanted = _Int4 if way == INT4 else layouts.PackedWeight
-        if not isinstance(self._own, wanted):
-            try:
-                made = _Int4.of(self.restore()) if way == INT4 else layouts.from_parts(self.restore())
-            except ValueError as refusal:  # what shapes alone do not show
-                self._refused |= dict.fromkeys((INT4,) if way == INT4 else (TRITON, TRITON_DENSE), str(refusal))
-                self._ways.clear()
-                return self.form_for(dtype, rows)
+        made: _Own | None = self._layer if way in (PACKED, PACKED_INT8) else self._own
+        wanted = _FORMS[way]
+        if isinstance(made, wanted):
+            return made
+        try:
+            made = (
+                wanted.of(self.restore()) if wanted is not layouts.PackedWeight else layouts.from_parts(self.restore())
+            )
+        except ValueError as refusal:  # what shapes alone do not show
+            self._refused |= {other: str(refusal) for other, form in _FORMS.items() if form is wanted}
+            self._ways.clear()
+            return self.form_for(dtype, rows)
+        if isinstance(made, PackedLayer):
+            self._layer = made
+        if not isinstance(made, PackedLayer) or made.order is not None:
             self._own, self._parts = made, None
-        return self._own
+        return made
 
 
 class _Product(torch.autograd.Function):
@@ -182,6 +208,8 @@ class _Product(torch.autograd.Function):
         form = weight.form_for(x.dtype, len(x_MK))
         if isinstance(form, layouts.PackedWeight) and len(x_MK) <= _MANY_ROWS:
             y_MN = ops.matmul(x_MK, form)
+        elif isinstance(form, PackedLayer):
+            y_MN = _packed_product(x.dtype, weight.int8_activations)(x_MK, form).to(x.dtype)
         elif isinstance(form, _Int4):
             y_MN = form.matmul(x_MK)
         else:
@@ -254,11 +282,47 @@ class _Int4:
         return y_MN
 
 
-def _choose(parts: PackedParts, device: torch.device, dtype: torch.dtype, rows: int, refused: dict[str, str]) -> Choice:
+_Own = layouts.PackedWeight | PackedLayer | _Int4
+_FORMS: dict[str, Any] = {
+    TRITON: layouts.PackedWeight,
+    TRITON_DENSE: layouts.PackedWeight,
+    PACKED_INT8: PackedLayer,
+    PACKED: PackedLayer,
+    INT4: _Int4,
+}
+
+
+def _packed_product(dtype: torch.dtype, int8_activations: bool) -> Callable[[Tensor, PackedLayer], Tensor]:
+    if int8_activations:
+        return packed.product_int8
+    # what 16-bit types round themselves is more than what these integers do
+    return packed.product if dtype == torch.float32 else packed.product_int16
+
+
+def _dense(parts: PackedParts, starts_N: Tensor, dtype: torch.dtype) -> Tensor:
+    zeros_NG = parts.zeros
+    if zeros_NG is None:
+        zeros_NG = torch.full_like(parts.scales, 2 ** (parts.bits - 1))
+    return dense_rows(
+        parts.codes, parts.mask, starts_N, parts.scales, zeros_NG, bits=parts.bits, dtype=dtype, g_idx_I=parts.g_idx
+    )
+
+
+def _choose(
+    parts: PackedParts,
+    device: torch.device,
+    dtype: torch.dtype,
+    rows: int,
+    refused: dict[str, str],
+    int8_activations: bool,
+) -> Choice:
     kernels = _against_triton(parts, device, dtype)
+    on_cpu = _against_packed(parts, device, dtype, rows)
     obstacles = {
         TRITON: kernels or (f"more than {_MANY_ROWS} rows" if rows > _MANY_ROWS else ""),
         TRITON_DENSE: kernels or (f"no more than {_MANY_ROWS} rows" if rows <= _MANY_ROWS else ""),
+        PACKED_INT8: on_cpu or ("" if int8_activations else "rounding activations to 8 bits was not asked for"),
+        PACKED: on_cpu,
         INT4: _against_int4(parts, device, dtype, rows),
         DENSE: "",
     }
@@ -287,6 +351,19 @@ def _against_triton(parts: PackedParts, device: torch.device, dtype: torch.dtype
     if parts.g_idx is not None and not parts.g_idx.is_meta:
         return _unequal_groups(parts)
     return ""
+
+
+def _against_packed(parts: PackedParts, device: torch.device, dtype: torch.dtype, rows: int) -> str:
+    """Why products that decode in registers cannot take this one, or should not; empty if one is the one to take."""
+    if device.type != "cpu":
+        return f"for the CPU, and this is {device.type}"
+    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"does not take {dtype}"
+    if not 1 <= rows <= _SOME_ROWS:
+        return f"is faster up to {_SOME_ROWS} rows, not with {rows}"
+    if not packed.available():
+        return "needs a processor with AVX2, and a C++ compiler"
+    return packed.refusal(parts)
 
 
 def _against_int4(parts: PackedParts, device: torch.device, dtype: torch.dtype, rows: int) -> str:

@@ -141,8 +141,8 @@ def measure(
     """Time products with random layers of these shapes, 4 bits, for each number of rows.
 
     On the CPU: bfloat16 and float32 `F.linear`, `torch.mv` for one row, PyTorch's int4 product, and ours with dense
-    codes, 2:4, 8:16 and a bitmap of half of the weights, on bfloat16; ONNX Runtime's int4 product where onnxruntime and
-    onnx are installed. On a GPU: float16 `F.linear` and ours.
+    codes, 2:4, 8:16 and a bitmap of half of the weights, on bfloat16 and with x in 8 bits; ONNX Runtime's int4 product
+    where onnxruntime and onnx are installed. On a GPU: float16 `F.linear` and ours.
     `generator` is one of the CPU's. `on_run` is called `len(shapes) * len(batches) * (rounds + 1)` times.
     """
     where, caches = torch.device(device), cache_bytes(device)
@@ -267,9 +267,12 @@ def _products(shape: LayerShape, device: torch.device, caches: int, generator: t
                 products.append(_onnx(shape, caches, generator))
     for kind in KINDS:
         parts = random_layer(shape, kind, generator, device=device)
-        weight = dispatch.prepare(parts)
         size = stored_bytes(parts)
-        products.append(_Product(f"ours, {kind}", size, half, _copies(weight, size, caches), dispatch.matmul))
+        for int8, name in ((False, f"ours, {kind}"), (True, f"ours, {kind}, x in 8 bits")):
+            if int8 and device.type != "cpu":
+                continue
+            weight = dispatch.prepare(parts, int8_activations=int8)
+            products.append(_Product(name, size, half, _copies(weight, size, caches), dispatch.matmul))
     return products
 
 

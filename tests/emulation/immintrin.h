@@ -18,6 +18,7 @@ using __m512 = float __attribute__((vector_size(64)));
 using __m256bh = short __attribute__((vector_size(32)));
 using __m512bh = short __attribute__((vector_size(64)));
 using __mmask16 = uint16_t;
+using __mmask64 = uint64_t;
 
 constexpr int _MM_FROUND_TO_NEAREST_INT = 0, _MM_FROUND_NO_EXC = 8, _CMP_NEQ_UQ = 4;
 
@@ -30,6 +31,7 @@ struct VectorOf {
 template <typename T, int count>
 using Vector = typename VectorOf<T, count>::Type;
 using Bytes = Vector<int8_t, 16>;
+using ManyBytes = Vector<uint8_t, 64>;
 using Shorts = Vector<uint16_t, 16>;
 using Ints = Vector<int32_t, 16>;
 using Words = Vector<uint32_t, 16>;
@@ -98,9 +100,16 @@ inline __m512i _mm512_set_epi64(  // the highest first
   return __m512i{a, b, c, d, e, f, g, h};
 }
 
+inline __m512i _mm512_setzero_si512() { return __m512i{}; }
+inline __m512i _mm512_set1_epi8(char x) { return (__m512i)(uint8_t(x) + emulated::ManyBytes{}); }
+
 // memory
 inline __m128i _mm_loadu_si128(const __m128i* from) { return emulated::load<__m128i>(from); }
 inline __m256i _mm256_loadu_si256(const __m256i* from) { return emulated::load<__m256i>(from); }
+inline __m512i _mm512_load_si512(const void* from) {
+  if (reinterpret_cast<uintptr_t>(from) % 64) __builtin_trap();
+  return emulated::load<__m512i>(from);
+}
 inline __m512i _mm512_loadu_si512(const void* from) { return emulated::load<__m512i>(from); }
 inline __m512 _mm512_loadu_ps(const void* from) { return emulated::load<__m512>(from); }
 inline void _mm256_storeu_si256(__m256i* to, __m256i x) { std::memcpy(to, &x, sizeof x); }
@@ -153,6 +162,22 @@ inline float _mm512_reduce_max_ps(__m512 x) {
 // whole numbers
 inline __m512i _mm512_add_epi64(__m512i a, __m512i b) { return (__m512i)((emulated::Longs)a + (emulated::Longs)b); }
 inline __m512i _mm512_mullo_epi64(__m512i a, __m512i b) { return (__m512i)((emulated::Longs)a * (emulated::Longs)b); }
+inline __m512i _mm512_add_epi8(__m512i a, __m512i b) {
+  return (__m512i)((emulated::ManyBytes)a + (emulated::ManyBytes)b);
+}
+inline __m512i _mm512_sub_epi32(__m512i a, __m512i b) { return (__m512i)((emulated::Words)a - (emulated::Words)b); }
+inline __m512i _mm512_mullo_epi32(__m512i a, __m512i b) { return (__m512i)((emulated::Words)a * (emulated::Words)b); }
+inline __m512i _mm512_dpbusd_epi32(__m512i sum, __m512i a, __m512i b) {  // bytes of b are signed, sums wrap around
+  emulated::Words sums = (emulated::Words)sum;
+  for (int i = 0; i < 64; ++i) sums[i / 4] += int(((emulated::ManyBytes)a)[i]) * int8_t(((emulated::ManyBytes)b)[i]);
+  return (__m512i)sums;
+}
+inline __m512i _mm512_dpwssd_epi32(__m512i sum, __m512i a, __m512i b) {
+  using Words = emulated::Vector<int16_t, 32>;
+  emulated::Words sums = (emulated::Words)sum;
+  for (int i = 0; i < 32; ++i) sums[i / 2] += int(((Words)a)[i]) * ((Words)b)[i];
+  return (__m512i)sums;
+}
 inline __m512i _mm512_and_si512(__m512i a, __m512i b) { return a & b; }
 inline __m512i _mm512_or_si512(__m512i a, __m512i b) { return a | b; }
 inline __m512i _mm512_slli_epi32(__m512i x, unsigned count) {
@@ -188,6 +213,26 @@ inline __m512i _mm512_maskz_expand_epi32(__mmask16 mask, __m512i x) {
     if (mask >> i & 1) out[i] = ((emulated::Ints)x)[next++];
   return (__m512i)out;
 }
+inline __m512i _mm512_permutexvar_epi8(__m512i places, __m512i x) {
+  emulated::ManyBytes out;
+  for (int i = 0; i < 64; ++i) out[i] = ((emulated::ManyBytes)x)[((emulated::ManyBytes)places)[i] & 63];
+  return (__m512i)out;
+}
+inline __m512i _mm512_multishift_epi64_epi8(__m512i shifts, __m512i x) {  // lanes of 64 bits are rotated
+  emulated::ManyBytes out;
+  for (int i = 0; i < 64; ++i) {
+    const uint64_t lane = ((emulated::Longs)x)[i / 8];
+    const int shift = ((emulated::ManyBytes)shifts)[i] & 63;
+    out[i] = uint8_t(shift ? lane >> shift | lane << (64 - shift) : lane);
+  }
+  return (__m512i)out;
+}
+inline __m512i _mm512_mask_expand_epi8(__m512i other, __mmask64 mask, __m512i x) {
+  emulated::ManyBytes out = (emulated::ManyBytes)other;
+  for (int i = 0, next = 0; i < 64; ++i)
+    if (mask >> i & 1) out[i] = ((emulated::ManyBytes)x)[next++];
+  return (__m512i)out;
+}
 inline __m512i _mm512_castsi256_si512(__m256i x) { return __m512i{x[0], x[1], x[2], x[3]}; }
 inline __m512i _mm512_inserti64x4(__m512i x, __m256i half, int place) {
   for (int i = 0; i < 4; ++i) x[4 * (place & 1) + i] = half[i];
@@ -199,6 +244,14 @@ inline __m512 _mm512_castsi512_ps(__m512i x) { return (__m512)x; }
 inline __m512 _mm512_cvtepi32_ps(__m512i x) { return __builtin_convertvector((emulated::Ints)x, __m512); }
 inline __m512i _mm512_cvtepu8_epi32(__m128i x) {
   return (__m512i)__builtin_convertvector((emulated::Vector<uint8_t, 16>)x, emulated::Words);
+}
+inline __m512i _mm512_cvtepu8_epi16(__m256i x) {
+  return (__m512i)__builtin_convertvector((emulated::Vector<uint8_t, 32>)x, emulated::Vector<uint16_t, 32>);
+}
+inline float _cvtsh_ss(uint16_t bits) {  // not of AVX-512, but of this header
+  _Float16 x;
+  std::memcpy(&x, &bits, sizeof x);
+  return float(x);
 }
 inline __m512i _mm512_cvtepu16_epi32(__m256i x) {
   return (__m512i)__builtin_convertvector((emulated::Shorts)x, emulated::Words);

@@ -49,6 +49,11 @@ AVX512 = Level(
     ("avx512f", "avx512bw", "avx512vl", "avx512dq", "fma", "popcnt"),
     ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mpopcnt", "-mprefer-vector-width=512"),
 )
+AVX2_F16C = Level((*AVX2.needs, "bmi1", "f16c"), (*AVX2.flags, "-mbmi", "-mf16c"))
+AVX512_VNNI = Level(
+    (*AVX512.needs, "avx512_vbmi", "avx512_vbmi2", "avx512_vnni", "f16c"),
+    (*AVX512.flags, "-mavx512vbmi", "-mavx512vbmi2", "-mavx512vnni", "-mf16c"),
+)
 AVX512_BF16 = Level((*AVX512.needs, "avx512_bf16"), (*AVX512.flags, "-mavx512bf16"))
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from ctp_kernels import dispatch
 from ctp_kernels.cpu.build import cpu_features
 from safetensors.torch import load_file, save_file
 from tiny_models import VOCAB_SIZE, tiny_model
@@ -122,7 +123,10 @@ def test_a_llama_on_interpreted_kernels_is_its_dense_twin(settings: dict[str, An
 
 
 @pytest.mark.skipif("avx2" not in cpu_features(), reason="PyTorch's int4 product is taken on processors with AVX2")
-def test_dense_codes_are_multiplied_as_they_are_packed_and_saved_as_they_were(tmp_path: Path) -> None:
+def test_dense_codes_are_multiplied_as_they_are_packed_and_saved_as_they_were(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dispatch.packed, "available", lambda: False)  # without a compiler
     path = compressed("llama_tied_gqa", tmp_path, sparsity=None)
     packed = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).eval()
     layers = {name: m for name, m in packed.named_modules() if isinstance(m, PackedLinear)}
@@ -163,6 +167,38 @@ def test_dense_codes_are_multiplied_as_they_are_packed_and_saved_as_they_were(tm
         for name in layers
         for part in ("codes", "scales")
     )
+
+
+@pytest.mark.skipif(not dispatch.packed.available(), reason="there is no AVX2, or no C++ compiler")
+@pytest.mark.parametrize("act_order", ["none", "column"])
+def test_pruned_layers_decode_in_registers_and_with_8_bits_where_told(
+    act_order: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = compressed("llama_tied_gqa", tmp_path, sparsity=0.5, act_order=act_order)
+    wanted, one = load_model(path, dtype=torch.float32), ids()[:1, :5]
+    ways = []
+    monkeypatch.setattr(dispatch._Product, "forward", staticmethod(noted(dispatch._Product.forward, ways)))
+    errors = []
+    for told in ("0", "1"):
+        monkeypatch.setenv("CTP_INT8_ACTIVATIONS", told)
+        packed = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+        with torch.no_grad():
+            logits = wanted(one).logits
+            errors.append(float((packed(one).logits - logits).norm() / logits.norm()))
+        packed.save_pretrained(tmp_path / told)
+        after, before = stored_tensors(tmp_path / told), stored_tensors(path)
+        assert all(torch.equal(tensor, before[name]) for name, tensor in after.items() if name.endswith("codes"))
+        assert set(ways) == {"packed int8" if told == "1" else "packed"}
+        ways.clear()
+    assert errors[0] < 1e-5 < 1e-3 < errors[1] < 5e-2
+
+
+def noted(forward: Any, ways: list[str]) -> Any:
+    def noting(ctx: Any, x: torch.Tensor, weight: dispatch.Weight) -> torch.Tensor:
+        ways.append(weight.explain(x.dtype, x.shape[:-1].numel()).way)
+        return forward(ctx, x, weight)  # type: ignore[no-any-return]
+
+    return noting
 
 
 def test_a_layer_whose_parts_lie_is_named(tmp_path: Path) -> None:

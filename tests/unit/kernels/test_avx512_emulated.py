@@ -13,7 +13,7 @@ import pytest
 import torch
 from ctp_kernels import gram, unpack
 from ctp_kernels.cpu import build
-from ctp_kernels.cpu.build import AVX2, AVX512, AVX512_BF16, Level
+from ctp_kernels.cpu.build import AVX2, AVX2_F16C, AVX512, AVX512_BF16, AVX512_VNNI, Level
 from ctp_kernels.descent import Fit, Quadratic
 from ctp_kernels.ragged import pack_bits, pack_kept, row_starts
 from ctp_kernels.unpack import dense_rows
@@ -21,6 +21,7 @@ from test_attention import *  # noqa: F403
 from test_descent import *  # noqa: F403
 from test_descent import problem
 from test_gram import *  # noqa: F403
+from test_packed import *  # noqa: F403
 from test_unpack import *  # noqa: F403
 
 pytestmark = [
@@ -35,6 +36,7 @@ LEVELS = {
     "attention_bf16": [AVX512_BF16],
     "descent": [AVX512_BF16, AVX512, AVX2],
     "gram_bf16": [AVX512_BF16],
+    "packed": [AVX512_VNNI, AVX2_F16C],
     "unpack": [AVX512_BF16, AVX2],
 }
 
@@ -65,7 +67,7 @@ def emulation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def on_avx512_bf16(emulation: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    take(AVX512_BF16, monkeypatch)
+    take(Level((*AVX512_BF16.needs, *AVX512_VNNI.needs), ()), monkeypatch)
     yield
     build.load.cache_clear()
 

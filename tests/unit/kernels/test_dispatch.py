@@ -17,6 +17,7 @@ from packed_layers import random_parts
 
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 3e-3}
 AVX2 = "avx2" in dispatch.cpu_features()
+needs_packed = pytest.mark.skipif(not dispatch.packed.available(), reason="there is no AVX2, or no C++ compiler")
 needs_avx2 = pytest.mark.skipif(not AVX2, reason="PyTorch's int4 product is taken on processors with AVX2")
 
 
@@ -35,8 +36,9 @@ def same_bits(one: PackedParts, other: PackedParts) -> bool:
     return all((a is None) == (b is None) and (a is None or torch.equal(a, b)) for a, b in pairs)
 
 
+@pytest.mark.parametrize("way", ["packed", "no compiler"])
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("rows", [1, 3, 16, 17])
+@pytest.mark.parametrize("rows", [1, 3, 16, 17, 129])
 @pytest.mark.parametrize(
     "parts",
     [
@@ -48,11 +50,18 @@ def same_bits(one: PackedParts, other: PackedParts) -> bool:
         replace(layer(), g_idx=torch.arange(256) % 4),
     ],
 )
-def test_products_and_gradients_are_the_oracles(parts: PackedParts, rows: int, dtype: torch.dtype) -> None:
+def test_products_and_gradients_are_the_oracles(
+    parts: PackedParts, rows: int, dtype: torch.dtype, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     generator = torch.Generator().manual_seed(3)
+    if way == "no compiler":
+        monkeypatch.setattr(dispatch.packed, "available", lambda: False)
+    elif not dispatch.packed.available():
+        pytest.skip("this processor has no AVX2, or there is no C++ compiler")
     x = (torch.randn(1, rows, 256, generator=generator) + 1).to(dtype).requires_grad_()
     gy = torch.randn(1, rows, 128, generator=generator).to(dtype)
     weight = dispatch.prepare(parts)
+    assert (weight.explain(dtype, rows).way == "packed") == (way == "packed" and rows < 129)
     y = dispatch.matmul(x, weight)
     y.backward(gy)
     assert x.grad is not None
@@ -68,6 +77,7 @@ def test_the_int4_form_is_the_only_one_held_and_gives_back_what_was_stored(symme
     # how PyTorch orders codes depends on the processor, of which it can be told to see less only at the start
     code = (
         f"from test_dispatch import *\nparts, rows = layer(symmetric={symmetric}), torch.ones(2, 256).bfloat16()\n"
+        "dispatch.packed.available = lambda: False\n"
         "weight = dispatch.prepare(parts)\nassert weight.form is None\ndispatch.matmul(rows, weight)\n"
         "assert weight.form is not None and 'codes' not in weight.tensors()\n"
         "held = sum(x.nbytes for x in weight.tensors().values())\n"
@@ -88,6 +98,7 @@ def test_the_int4_form_is_the_only_one_held_and_gives_back_what_was_stored(symme
 @needs_avx2
 def test_an_unknown_order_of_codes_is_refused_and_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     parts = layer()
+    monkeypatch.setattr(dispatch.packed, "available", lambda: False)
     monkeypatch.setattr(dispatch._Int4, "codes", lambda form: form.packed)
     weight = dispatch.prepare(parts)
     x = torch.randn(2, 256).bfloat16()
@@ -101,13 +112,18 @@ def test_an_unknown_order_of_codes_is_refused_and_not_lost(monkeypatch: pytest.M
 @pytest.mark.parametrize(
     ("parts", "device", "dtype", "rows", "way", "why_not"),
     [
-        (layer(), "cpu", torch.float32, 1, "dense", ("int4", "slower with torch.float32")),
-        (layer(), "cpu", torch.bfloat16, 17, "dense", ("int4", "up to 16 rows, not with 17")),
-        (layer("2:4"), "cpu", torch.bfloat16, 1, "dense", ("int4", "not 4 bits with a mask")),
-        (layer(bits=8), "cpu", torch.bfloat16, 1, "dense", ("int4", "not 8 bits")),
-        (layer(groups=16), "cpu", torch.bfloat16, 1, "dense", ("int4", "runs of 32, 64, 128 or 256")),
-        (layer(outputs=72), "cpu", torch.bfloat16, 1, "dense", ("int4", "blocks of 64, not 72")),
-        (layer(), "cpu", torch.float32, 1, "dense", ("triton", "needs a GPU, and this is cpu")),
+        (layer(), "cpu", torch.float32, 1, "packed", ("int4", "slower with torch.float32")),
+        (layer(), "cpu", torch.bfloat16, 17, "packed", ("int4", "up to 16 rows, not with 17")),
+        (layer("2:4"), "cpu", torch.bfloat16, 1, "packed", ("int4", "not 4 bits with a mask")),
+        (layer(bits=8), "cpu", torch.bfloat16, 1, "packed", ("int4", "not 8 bits")),
+        (layer(groups=16), "cpu", torch.bfloat16, 1, "packed", ("int4", "runs of 32, 64, 128 or 256")),
+        (layer(outputs=72), "cpu", torch.bfloat16, 1, "packed", ("int4", "blocks of 64, not 72")),
+        (layer(), "cpu", torch.float32, 1, "packed", ("triton", "needs a GPU, and this is cpu")),
+        (layer(), "cpu", torch.bfloat16, 1, "packed", ("packed int8", "was not asked for")),
+        (layer(), "cpu", torch.bfloat16, 1, "packed", ("dense", "packed comes first")),
+        (layer("bitmap"), "cpu", torch.float16, 129, "dense", ("packed", "up to 128 rows, not with 129")),
+        (layer(), "cpu", torch.float64, 1, "dense", ("packed", "does not take torch.float64")),
+        (layer(groups=64), "cpu", torch.float16, 1, "dense", ("packed", "64 groups of 256")),
         (layer("bitmap"), "cuda", torch.float16, 1, "triton", ("int4", "for the CPU")),
         (layer("bitmap"), "cuda", torch.float16, 1, "triton", ("dense", "triton comes first")),
         (layer("2:4"), "cuda", torch.bfloat16, 4000, "triton dense", ("triton", "more than 2048 rows")),
@@ -129,6 +145,7 @@ def test_the_choice_and_its_reasons(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(dispatch.ops, "available", lambda: True)
+    monkeypatch.setattr(dispatch.packed, "available", lambda: True)
     choice = dispatch.explain(parts, device=device, dtype=dtype, rows=rows)
     assert choice.way == way
     assert why_not[1] in choice.others[why_not[0]]
@@ -142,12 +159,70 @@ def test_choices_that_depend_on_the_machine(monkeypatch: pytest.MonkeyPatch) -> 
     def choice(device: str) -> dispatch.Choice:
         return dispatch.explain(layer(), device=device, dtype=torch.bfloat16, rows=1)
 
+    monkeypatch.setattr(dispatch.packed, "available", lambda: True)
+    assert choice("cpu").way == "packed"
+    monkeypatch.setattr(dispatch.packed, "available", lambda: False)
+    assert "C++ compiler" in choice("cpu").others["packed"]
     monkeypatch.setattr(dispatch, "cpu_features", lambda: frozenset({"avx2"}))
     assert choice("cpu").way == "int4"
     monkeypatch.setattr(dispatch, "cpu_features", frozenset)
     assert choice("cpu").way == "dense"
     monkeypatch.setattr(dispatch.ops, "available", lambda: False)
     assert "pip install" in choice("cuda").others["triton"]
+
+
+@needs_packed
+def test_activations_are_8_bit_where_that_was_asked_for() -> None:
+    parts, x = layer("bitmap"), torch.randn(3, 256, generator=torch.Generator().manual_seed(1)).bfloat16()
+    weight = dispatch.prepare(parts, int8_activations=True)
+    wanted = reference.matmul(x.double(), parts)
+    assert 3e-3 < distance(dispatch.matmul(x, weight), wanted) < 1e-2
+    many = x.repeat(43, 1)
+    assert distance(dispatch.matmul(many, weight), wanted.repeat(43, 1)) < 3e-3
+    assert weight.explain(torch.bfloat16, 3).way == "packed int8"
+    assert weight.explain(torch.bfloat16, 129).way == "dense"
+    with_it = dispatch.explain(parts, device="cpu", dtype=torch.float32, rows=1, int8_activations=True)
+    assert (with_it.way, with_it.others["packed"]) == ("packed int8", "packed int8 comes first")
+
+
+@needs_packed
+@pytest.mark.parametrize("layout", ["dense", "bitmap"])
+def test_sorted_groups_are_the_only_form_held_and_give_back_what_was_stored(layout: str) -> None:
+    order = torch.randperm(256, generator=torch.Generator().manual_seed(2)) % 4
+    parts = replace(layer(layout, symmetric=False), g_idx=order.int())
+    weight, x = dispatch.prepare(parts), torch.randn(2, 256)
+    for rows in (x, x.repeat(70, 1), x):  # the second is made dense
+        assert distance(dispatch.matmul(rows, weight), reference.matmul(rows.double(), parts)) < 1e-6
+        assert weight.form is not None
+    held = weight.tensors()
+    assert not held.keys() & {"codes", "mask"} and torch.equal(held["g_idx"], order.int())
+    stored = sum(getattr(parts, name).nbytes for name in ("codes", "mask", "scales", "zeros", "g_idx") if name in held
+                 or f"own_{name}" in held)  # fmt: skip
+    assert sum(tensor.nbytes for tensor in held.values()) == stored + 256 * 8
+    assert same_bits(weight.stored(), parts) and weight.form is not None
+    assert same_bits(weight.restore(), parts) and weight.form is None
+
+
+@needs_packed
+def test_a_layer_as_it_is_stored_is_not_held_twice() -> None:
+    parts = layer("bitmap")
+    weight = dispatch.prepare(parts)
+    dispatch.matmul(torch.ones(1, 256), weight)
+    assert weight.form is None
+    assert weight.tensors()["codes"] is parts.codes
+    layer_held = weight.form_for(torch.float32, 1)
+    assert isinstance(layer_held, dispatch.PackedLayer) and layer_held.parts.codes.data_ptr() == parts.codes.data_ptr()
+
+
+@needs_packed
+def test_what_only_values_show_is_refused_and_explained() -> None:
+    zeros = torch.full((128, 4), 8, dtype=torch.uint8)
+    zeros[5, 2] = 16
+    parts, x = replace(layer(), zeros=zeros), torch.randn(2, 256)
+    weight = dispatch.prepare(parts)
+    assert distance(dispatch.matmul(x, weight), reference.matmul(x.double(), parts)) < 1e-6
+    choice = weight.explain(torch.float32, 2)
+    assert choice.way == "dense" and "zero points of up to 16" in choice.others["packed"]
 
 
 @pytest.mark.parametrize(
@@ -191,4 +266,4 @@ def test_the_kernels_way_in_the_interpreter() -> None:
         tolerance = 1e-3 if "float16" in name else 1e-6
         # a NaN compares as False, too
         assert all(error < tolerance for error in found["errors"]), (name, found)
-        assert found["bfloat16"] == "dense", "which the interpreter gets wrong"
+        assert "triton" not in found["bfloat16"], "which the interpreter gets wrong"

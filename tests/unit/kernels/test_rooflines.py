@@ -6,6 +6,7 @@ from ctp_kernels import dispatch, onnx_product, reference, rooflines
 from ctp_kernels.rooflines import KINDS, LayerShape
 
 SMALL = LayerShape(64, 128)
+OURS = [f"ours, {kind}{rounded}" for kind in KINDS for rounded in ("", ", x in 8 bits")]
 
 
 @pytest.fixture
@@ -44,7 +45,7 @@ def test_bytes_and_bandwidths_by_hand(small_caches: int, clock: Clock) -> None:
     )
     assert len(heard) == 2 * (2 + 1)
     rows = {(row.product, row.rows): row for row in report.rows}
-    products = ["bf16 F.linear", "bf16 torch.mv", "fp32 F.linear", "bf16 torch int4", *(f"ours, {k}" for k in KINDS)]
+    products = ["bf16 F.linear", "bf16 torch.mv", "fp32 F.linear", "bf16 torch int4", *OURS]
     assert list(rows) == [(name, m) for m in (1, 4) for name in products if m == 1 or name != "bf16 torch.mv"]
     assert rows["fp32 F.linear", 4].moved_bytes == 4 * 64 * 128 + 4 * 4 * (64 + 128)
     assert rows["bf16 torch.mv", 1].moved_bytes == 2 * 64 * 128 + 2 * (64 + 128)
@@ -52,7 +53,9 @@ def test_bytes_and_bandwidths_by_hand(small_caches: int, clock: Clock) -> None:
     assert rows["ours, dense", 1].moved_bytes == 64 * 128 // 2 + scales + 2 * (64 + 128)
     for kind in ("2:4", "8:16"):  # half a code and a bit for every weight
         assert rows[f"ours, {kind}", 1].moved_bytes == 64 * 128 // 4 + 64 * 128 // 8 + scales + 2 * (64 + 128)
-    assert rows["ours, bitmap", 1].way == "dense"
+    ways = ("packed", "packed int8") if dispatch.packed.available() else ("dense", "dense")
+    assert (rows["ours, bitmap", 1].way, rows["ours, bitmap, x in 8 bits", 4].way) == ways
+    assert rows["ours, bitmap, x in 8 bits", 4].moved_bytes == rows["ours, bitmap", 4].moved_bytes
     for row in report.rows:
         assert row.time_us.low == row.time_us.median == row.time_us.high == 1e6
         assert row.gb_per_s == pytest.approx(row.moved_bytes / 1e9)
@@ -63,7 +66,7 @@ def test_bytes_and_bandwidths_by_hand(small_caches: int, clock: Clock) -> None:
 
 def test_products_take_turns(small_caches: int, clock: Clock) -> None:
     rooflines.measure([SMALL], device="cpu", generator=torch.Generator(), batches=(4,), rounds=3)
-    names = ["bf16 F.linear", "fp32 F.linear", "bf16 torch int4", *(f"ours, {kind}" for kind in KINDS)]
+    names = ["bf16 F.linear", "fp32 F.linear", "bf16 torch int4", *OURS]
     assert clock.turns[-3 * (len(names) + 1) :] == ["copy", *names] * 3
 
 
@@ -119,6 +122,8 @@ def test_every_product_is_the_oracles(small_caches: int) -> None:
         x = torch.randn(3, 128).bfloat16()
         wanted = reference.matmul(x.double(), weight.stored())
         assert (product.run(x, weight).double() - wanted).norm() < 3e-3 * wanted.norm()
+        rounded = products[f"ours, {kind}, x in 8 bits"]
+        assert (rounded.run(x, rounded.copies[0]).double() - wanted).norm() < 1e-2 * wanted.norm()
 
 
 @pytest.mark.skipif(not onnx_product.available(), reason="onnxruntime and onnx are not both installed")

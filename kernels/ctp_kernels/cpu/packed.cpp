@@ -1,0 +1,244 @@
+// Products y = x W^T of few rows of x with packed weights: codes are decoded piece by piece, and multiplied at once.
+//
+// M=rows of x N=outputs K=inputs G=groups S=segments, runs of inputs that share a scale, and one of x where it is rounded
+//
+// Inputs are taken in blocks of 64; a segment is padded to whole blocks by zeros in x, so that whatever stands in the
+// place of codes there does not count. A pruned weight gets its zero point as code. code - zero is multiplied with x in
+// float32, exactly so; where x is rounded to integers, it is sum(code * x) - zero * sum(x), for each lane of a register.
+//
+// Fields of a decoded block are 4 or 8 bits wide. x is laid out in the order in which the fields come out of them.
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <new>
+#include <numeric>
+#include <vector>
+
+#include "threads.h"
+
+#if defined(__AVX512VBMI2__) && defined(__AVX512VNNI__)
+#include "packed_avx512.h"
+#else
+#include "packed_avx2.h"
+#endif
+
+namespace {
+
+constexpr int64_t kRows = 4;     // of x whose sums stay in registers, each
+constexpr int64_t kOutputs = 2;  // for so many outputs; one row reads one output's codes, as they lie in memory
+constexpr int64_t kTaken = 16;   // outputs that a thread takes at a time
+
+Decode decoder(int64_t bits, Kind kind) {
+  switch (bits * 4 + kind) {
+    case 2 * 4 + kDense: return decode<2, kDense>;
+    case 2 * 4 + kHalf: return decode<2, kHalf>;
+    case 2 * 4 + kBitmap: return decode<2, kBitmap>;
+    case 3 * 4 + kDense: return decode<3, kDense>;
+    case 3 * 4 + kHalf: return decode<3, kHalf>;
+    case 3 * 4 + kBitmap: return decode<3, kBitmap>;
+    case 4 * 4 + kDense: return decode<4, kDense>;
+    case 4 * 4 + kHalf: return decode<4, kHalf>;
+    case 4 * 4 + kBitmap: return decode<4, kBitmap>;
+    case 8 * 4 + kDense: return decode<8, kDense>;
+    default: return decode<8, kBitmap>;
+  }
+}
+
+// x as a form wants it, (M, S, blocks, 64); of integers, sums for each lane (M, S, kLanes) and scales (M, S)
+template <class Form>
+struct Activations {
+  const Layer& layer;
+  const int64_t row, segments;  // elements of x in a row
+  const std::unique_ptr<typename Form::X[]> x;
+  std::vector<int32_t> sums;
+  std::vector<float> scales;
+
+  Activations(const Layer& layer, int64_t rows)
+      : layer(layer),
+        row(layer.segments() * layer.blocks() * kBlock),
+        segments(layer.segments()),
+        x(new typename Form::X[rows * row]),
+        sums(Form::kSteps > 0 ? rows * segments * kLanes : 0),
+        scales(Form::kSteps > 0 ? rows * segments : 0) {}
+
+  void take(const float* from, int64_t m) {
+    from += m * layer.inputs;
+    for (int64_t place = m * segments; place < (m + 1) * segments; ++place, from += layer.segment) {
+      if constexpr (Form::kSteps > 0) scales[place] = step(from);
+      for (int64_t b = 0; b < layer.blocks(); ++b) {
+        typename Form::X* const to = x.get() + (place * layer.blocks() + b) * kBlock;
+        float values[kBlock] = {};
+        std::copy(from + b * kBlock, from + std::min((b + 1) * kBlock, layer.segment), values);
+        if constexpr (Form::kSteps > 0) {
+          int16_t codes[kBlock] = {};
+          if (scales[place] > 0) {  // not where all are 0, or one is no number
+            const float steps = 1 / scales[place];
+            for (int64_t k = 0; k < kBlock; ++k) codes[k] = int16_t(int32_t(std::nearbyintf(values[k] * steps)));
+          }
+          for (int64_t k = 0; k < kBlock; k += Form::kRun)
+            sums[place * kLanes + k / Form::kRun % kLanes] += std::accumulate(codes + k, codes + k + Form::kRun, 0);
+          Form::place(codes, to);
+        } else {
+          Form::place(values, to);
+        }
+      }
+    }
+  }
+
+ private:
+  float step(const float* from) const {
+    float largest = 0;
+    for (int64_t k = 0; k < layer.segment; ++k) {
+      if (!std::isfinite(from[k])) return std::numeric_limits<float>::quiet_NaN();
+      largest = std::max(largest, std::fabs(from[k]));
+    }
+    return largest < 1e-30f ? 0 : largest / Form::kSteps;  // of less, 1 / step might not be finite
+  }
+};
+
+// One output's decoded codes
+class Output {
+ public:
+  std::vector<float> scales;  // (S)
+
+  explicit Output(const Layer& layer)
+      : scales(layer.segments()),
+        layer_(layer),
+        stored_(layer.kind == kDense && layer.bits == width(layer.bits) && layer.segment % kBlock == 0),
+        flipped_(layer.mask && width(layer.bits) == 4),
+        step_(layer.blocks() * kBlock * width(layer.bits) / 8),
+        decode_(decoder(layer.bits, layer.kind)),
+        zeros_(layer.segments()),
+        buffer_(stored_ ? 0 : layer.segments() * step_),
+        copy_(layer.inputs * layer.bits / 8 + kBeyond) {}
+
+  void take(int64_t o) {
+    const int64_t per_group = layer_.segments() / layer_.groups;
+    for (int64_t g = 0, s = 0; g < layer_.groups; ++g) {
+      const int64_t place = o * layer_.groups + g;
+      const float scale = _cvtsh_ss(layer_.scales[place]);
+      const uint8_t zero = layer_.zeros ? layer_.zeros[place] : uint8_t(1 << (layer_.bits - 1));
+      for (const int64_t end = s + per_group; s < end; ++s) scales[s] = scale, zeros_[s] = zero;
+    }
+    const uint8_t* from = layer_.codes + layer_.starts[o];
+    if (stored_) {
+      fields_ = from;
+      return;
+    }
+    const int64_t needed = int64_t(copy_.size()), there = layer_.bytes - layer_.starts[o];
+    if (there < needed) {  // nothing is read behind the last code, whatever the mask says
+      std::fill(copy_.begin(), copy_.end(), 0);
+      if (there > 0) std::memcpy(copy_.data(), from, there);
+      from = copy_.data();
+    }
+    const uint8_t* mask = layer_.mask ? layer_.mask + o * layer_.inputs / 8 : nullptr;
+    decode_({from, mask, zeros_.data(), layer_.segments(), layer_.segment, step_, buffer_.data()});
+    fields_ = buffer_.data();
+  }
+
+  Segment segment(int64_t s) const {
+    return {fields_ + s * step_, zeros_[s], uint8_t(flipped_ ? zeros_[s] * 17 : 0)};
+  }
+
+ private:
+  const Layer& layer_;
+  const bool stored_, flipped_;  // as fields are; by zero points
+  const int64_t step_;
+  const Decode decode_;
+  std::vector<uint8_t> zeros_, buffer_, copy_;
+  const uint8_t* fields_ = nullptr;
+};
+
+// y (M, N) of M rows from `m` on and R outputs from `o` on
+template <class Form, int R, int M, int B>
+void products_of(const Activations<Form>& x, int64_t m, const Output* outputs, int64_t o, float* y) {
+  const int64_t blocks = B ? B : x.layer.blocks(), segments = x.segments;
+  Lanes totals[R][M];
+  for (auto& of_output : totals)
+    for (auto& total : of_output) total = nothing();
+  for (int64_t s = 0; s < segments; ++s) {
+    Segment of_output[R];
+    for (int r = 0; r < R; ++r) of_output[r] = outputs[r].segment(s);
+    typename Form::Sum sums[R][M];
+    Form::template products<R, M>(of_output, x.x.get() + m * x.row + s * blocks * kBlock, x.row, blocks, sums);
+    for (int i = 0; i < M; ++i)
+      for (int r = 0; r < R; ++r) {
+        const int64_t place = (m + i) * segments + s;
+        if constexpr (Form::kSteps > 0)
+          totals[r][i] = times_plus(
+              all(outputs[r].scales[s] * x.scales[place]),
+              minus_times(sums[r][i], of_output[r].zero, x.sums.data() + place * kLanes), totals[r][i]);
+        else
+          totals[r][i] = times_plus(all(outputs[r].scales[s]), sums[r][i], totals[r][i]);
+      }
+  }
+  for (int r = 0; r < R; ++r)
+    for (int i = 0; i < M; ++i) y[(m + i) * x.layer.outputs + o + r] = sum(totals[r][i]);
+}
+
+template <class Form, int R, int M>
+void products(const Activations<Form>& x, int64_t m, const Output* outputs, int64_t o, float* y) {
+  if (x.layer.blocks() == 2)
+    products_of<Form, R, M, 2>(x, m, outputs, o, y);
+  else
+    products_of<Form, R, M, 0>(x, m, outputs, o, y);
+}
+
+template <class Form, int R>
+void all_rows(const Activations<Form>& x, int64_t rows, Output* outputs, int64_t o, float* y) {
+  for (int r = 0; r < R; ++r) outputs[r].take(o + r);
+  for (int64_t m = 0; m < rows; m += kRows) switch (std::min(kRows, rows - m)) {
+      case 1: products<Form, R, 1>(x, m, outputs, o, y); break;
+      case 2: products<Form, R, 2>(x, m, outputs, o, y); break;
+      case 3: products<Form, R, 3>(x, m, outputs, o, y); break;
+      default: products<Form, R, 4>(x, m, outputs, o, y);
+    }
+}
+
+template <class Form>
+int product(const Layer& layer, const float* x_MK, int64_t rows, float* y_MN, int64_t threads) try {
+  Activations<Form> x(layer, rows);
+  if (rows == 1)
+    x.take(x_MK, 0);
+  else
+    in_parallel(threads, threads, [&](int64_t thread) {
+      for (int64_t m = thread; m < rows; m += threads) x.take(x_MK, m);
+    });
+  std::atomic<int64_t> next{0};
+  return in_parallel(threads, threads, [&](int64_t) {
+    Output outputs[kOutputs] = {Output(layer), Output(layer)};
+    for (int64_t begin; (begin = next.fetch_add(kTaken)) < layer.outputs;) {
+      const int64_t end = std::min(begin + kTaken, layer.outputs);
+      int64_t o = begin;
+      for (; rows > 1 && o + kOutputs <= end; o += kOutputs) all_rows<Form, kOutputs>(x, rows, outputs, o, y_MN);
+      for (; o < end; ++o) all_rows<Form, 1>(x, rows, outputs, o, y_MN);
+    }
+  });
+} catch (const std::bad_alloc&) {
+  return 1;
+}
+
+}  // namespace
+
+// y (M, N) float of x (M, K) float. `segment`: inputs, a multiple of 8 (of 16 for kHalf) that divides K / G. `width`: bits
+// that x is rounded to, 8 or 16, with a scale for each segment; 32: it is not. Returns 1 if there was not enough memory.
+extern "C" int packed_product(
+    const uint8_t* codes, const uint8_t* mask, const int64_t* starts, const uint16_t* scales, const uint8_t* zeros,
+    int64_t bytes, int64_t outputs, int64_t inputs, int64_t groups, int64_t segment, int64_t bits, int64_t kind,
+    const float* x, int64_t rows, int64_t width, float* y, int64_t threads) {
+  const Layer layer{codes, mask, starts, scales, zeros, bytes, outputs, inputs, groups, segment, bits, Kind(kind)};
+  const auto with = [&](auto of_nibbles, auto of_bytes) {
+    return bits < 8 ? product<decltype(of_nibbles)>(layer, x, rows, y, threads)
+                    : product<decltype(of_bytes)>(layer, x, rows, y, threads);
+  };
+  switch (width) {
+    case 8: return with(BytesOfNibbles{}, BytesOfBytes{});
+    case 16: return with(WordsOfNibbles{}, WordsOfBytes{});
+    default: return with(FloatsOfNibbles{}, FloatsOfBytes{});
+  }
+}

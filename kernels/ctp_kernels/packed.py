@@ -1,0 +1,192 @@
+"""Products of a few rows of x with packed layers on the CPU: codes are decoded in registers and multiplied at once.
+
+    layer = PackedLayer.of(parts)
+    y_MN = product(x_MK, layer)           # x in float32
+    y_MN = product_int16(x_MK, layer)     # x rounded to 16 bits per 128 inputs, sums of integers: twice as fast
+    y_MN = product_int8(x_MK, layer)      # to 8 bits
+
+Weights are exact in all of them. Needs AVX2 and a C++ compiler (`available`). Layers are multiplied as they are stored;
+only where inputs belong to scattered groups (`g_idx`) are they sorted by group.
+
+M=rows (batch x tokens) N=outputs K=inputs G=groups
+"""
+
+import ctypes
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ctp_kernels.cpu.build import AVX2_F16C, AVX512_VNNI, load
+from ctp_kernels.ragged import pack_bits, pack_kept, unpack_bits, unpack_kept
+from ctp_kernels.reference import PackedParts
+
+BITS = (2, 3, 4, 8)
+_SEGMENT, _SHORT, _LONGEST = 128, 48, 2048
+"""Inputs of a segment, a run with scales of its own. Groups are cut into the longest equal ones between the first two,
+or are one segment, of no more inputs than 32-bit sums hold. Each is padded to a multiple of 64."""
+_DENSE, _HALF, _BITMAP = range(3)
+_STORED = torch.tensor([byte.bit_count() for byte in range(256)], dtype=torch.uint8)
+"""Weights that a byte of a mask stores."""
+
+
+@dataclass(frozen=True)
+class PackedLayer:
+    """A layer that is known to be whole. Make it with `of`.
+
+    parts: groups are runs of inputs there. starts_N (N + 1,) int64: the byte at which each output's codes begin.
+    order (K,) int64, where inputs were sorted by group: which input is at each place; None for their own order.
+    """
+
+    parts: PackedParts
+    starts_N: Tensor
+    order: Tensor | None
+    _kind: int
+
+    @classmethod
+    def of(cls, parts: PackedParts) -> "PackedLayer":
+        """Tensors are shared with `parts` but for codes and mask of layers with scattered groups.
+
+        Raises: ValueError for what `refusal` says, and for parts that do not go together.
+        """
+        if why := refusal(parts):
+            raise ValueError(why)
+        tensors = (parts.codes, parts.mask, parts.scales, parts.zeros, parts.g_idx)
+        if away := [str(x.device) for x in tensors if x is not None and x.device.type != "cpu"]:
+            raise ValueError(f"takes tensors on the CPU, not on {away[0]}")
+        order = None
+        if parts.g_idx is not None:
+            groups = parts.scales.shape[1]
+            members_G = parts.g_idx.long().bincount(minlength=groups)
+            if not bool((members_G * groups == parts.inputs).all()):
+                raise ValueError("needs groups of as many inputs each")
+            order = parts.g_idx.long().argsort(stable=True)
+            parts = replace(_ordered(parts, order), g_idx=None)
+        mask_NB, zeros_NG = (None if x is None else x.contiguous() for x in (parts.mask, parts.zeros))
+        parts = replace(
+            parts, codes=parts.codes.contiguous(), mask=mask_NB, scales=parts.scales.contiguous(), zeros=zeros_NG
+        )
+        kind = _DENSE
+        if mask_NB is None:
+            starts_N = torch.arange(parts.outputs + 1) * (parts.inputs * parts.bits // 8)
+        else:
+            kept_NB = _STORED[mask_NB.int()]
+            lengths_N = (kept_NB.sum(1, dtype=torch.int64) * parts.bits + 7) // 8
+            starts_N = torch.cat([lengths_N.new_zeros(1), lengths_N.cumsum(0)])
+            halves = parts.bits != 8 and _segment(parts) % 16 == 0
+            halves = halves and bool((kept_NB[:, ::2] + kept_NB[:, 1::2] == 8).all())
+            kind = _HALF if halves else _BITMAP
+        if int(starts_N[-1]) != parts.codes.numel():
+            raise ValueError(f"{parts.codes.numel()} bytes of codes where there should be {int(starts_N[-1])}")
+        if zeros_NG is not None and int(zeros_NG.max()) >= 2**parts.bits:
+            raise ValueError(f"zero points of up to {int(zeros_NG.max())} with codes of {parts.bits} bits")
+        return cls(parts, starts_N, order, kind)
+
+    def stored(self, g_idx: Tensor | None) -> PackedParts:
+        """The parts this was made of, whose `g_idx` is given."""
+        if self.order is None:
+            return self.parts
+        return replace(_ordered(self.parts, self.order.argsort()), g_idx=g_idx)
+
+
+def available() -> bool:
+    """Whether this processor and its compiler can run these products."""
+    return _library() is not None
+
+
+def refusal(parts: PackedParts) -> str:
+    """Why these products do not take such a layer, by shapes and types alone; empty if they do."""
+    if parts.bits not in BITS:
+        return f"takes codes of 2, 3, 4 or 8 bits, not {parts.bits}"
+    if parts.scales.dim() != 2 or parts.scales.dtype != torch.float16:
+        return "takes scales of float16 (N, G)"
+    outputs, groups = parts.scales.shape
+    if not parts.scales.numel() or parts.inputs == 0 or parts.inputs % (8 * groups):
+        return f"takes groups of a multiple of 8 inputs, not {groups} groups of {parts.inputs}"
+    if _segment(parts) > _LONGEST:
+        return f"takes groups of up to {_LONGEST} inputs, or such that runs of {_SHORT} to {_SEGMENT} divide"
+    if parts.zeros is not None and (parts.zeros.shape, parts.zeros.dtype) != (parts.scales.shape, torch.uint8):
+        return "takes zero points of uint8, one for each scale"
+    if parts.codes.dtype != torch.uint8 or (parts.mask is not None and parts.mask.dtype != torch.uint8):
+        return "takes codes and masks of uint8"
+    if parts.mask is not None and (parts.mask.dim() != 2 or len(parts.mask) != outputs):
+        return f"takes a mask of {outputs} rows"
+    if parts.g_idx is not None and parts.g_idx.shape != (parts.inputs,):
+        return f"takes a group for each of the {parts.inputs} inputs"
+    return ""
+
+
+def product(x_MK: Tensor, layer: PackedLayer) -> Tensor:
+    """y (M, N) float32 = x W^T: weights exact, sums in float32.
+
+    Shapes: x_MK (M, K), any float dtype, on the CPU.
+    Raises: ValueError for another shape or device; RuntimeError where `available` is false; MemoryError.
+    """
+    return _product(x_MK, layer, 32)
+
+
+def product_int16(x_MK: Tensor, layer: PackedLayer) -> Tensor:
+    """As `product`, with x rounded to a step of 1 / 32767 of the largest in each run of at most 128 inputs.
+
+    That is at most 1e-4 of such a run's norm, and 3e-5 for values of a normal distribution; bfloat16 itself rounds to
+    2e-3, float16 to 2e-4. A run of values below 1e-30 is taken as zeros. Products of integers are summed without
+    rounding within a run.
+    """
+    return _product(x_MK, layer, 16)
+
+
+def product_int8(x_MK: Tensor, layer: PackedLayer) -> Tensor:
+    """As `product_int16`, with steps of 1 / 127: about 6e-3 of y. Where x has outliers, more in their runs."""
+    return _product(x_MK, layer, 8)
+
+
+def _product(x_MK: Tensor, layer: PackedLayer, width: int) -> Tensor:
+    parts, library = layer.parts, _library()
+    inputs = parts.inputs
+    if x_MK.dim() != 2 or x_MK.shape[1] != inputs or not x_MK.is_floating_point() or x_MK.device.type != "cpu":
+        raise ValueError(f"{tuple(x_MK.shape)} {x_MK.dtype} on {x_MK.device}: no rows of {inputs} inputs on the CPU")
+    if library is None:
+        raise RuntimeError("products with packed layers need a processor with AVX2 and a C++ compiler")
+    if layer.order is not None:
+        x_MK = x_MK[:, layer.order]
+    x_MK = x_MK.float().contiguous()
+    y_MN = torch.empty(len(x_MK), parts.outputs)
+    tensors = (parts.codes, parts.mask, layer.starts_N, parts.scales, parts.zeros)
+    failed = library.packed_product(
+        *(None if x is None else x.data_ptr() for x in tensors),
+        *(parts.codes.numel(), parts.outputs, inputs, parts.scales.shape[1], _segment(parts), parts.bits, layer._kind),
+        *(x_MK.data_ptr(), len(x_MK), width, y_MN.data_ptr(), torch.get_num_threads()),
+    )
+    if failed:
+        raise MemoryError(f"no memory for a product of {len(x_MK)} rows of {inputs} inputs")
+    return y_MN
+
+
+def _segment(parts: PackedParts) -> int:
+    group = parts.inputs // parts.scales.shape[1]
+    if group <= _SEGMENT:
+        return group
+    return next((size for size in range(_SEGMENT, _SHORT - 1, -8) if group % size == 0), group)
+
+
+def _ordered(parts: PackedParts, order: Tensor) -> PackedParts:
+    """The same weights with their inputs in this order."""
+    keep_NK = (
+        torch.ones(parts.outputs, parts.inputs, dtype=torch.bool) if parts.mask is None else unpack_bits(parts.mask)
+    )
+    codes_NK, kept_NK = unpack_kept(parts.codes.flatten(), keep_NK, parts.bits)[:, order], keep_NK[:, order]
+    return replace(
+        parts,
+        codes=pack_kept(codes_NK, kept_NK, parts.bits).view(parts.codes.shape),
+        mask=None if parts.mask is None else pack_bits(kept_NK),
+    )
+
+
+def _library() -> ctypes.CDLL | None:
+    library = load("packed", AVX512_VNNI, AVX2_F16C)
+    if library is None:
+        return None
+    pointer, number = ctypes.c_void_p, ctypes.c_int64
+    library.packed_product.argtypes = [*[pointer] * 5, *[number] * 7, pointer, number, number, pointer, number]
+    library.packed_product.restype = ctypes.c_int
+    return library
