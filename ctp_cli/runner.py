@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ctp_cli import artifact
+from ctp_cli.data.sources import known_names, split_spec
+from ctp_cli.data.streams import open_stream
 from ctp_cli.errors import GateFailedError, OutputError
 from ctp_cli.files import read_json
 from ctp_cli.models.resolve import ResolvedModel, resolve_model
@@ -156,7 +158,8 @@ class _Builder:
             "prompt",
             [
                 section.model_dump(),
-                *(_text_key(text) for text in (section.text, section.validation)),
+                _stream_key(section.text) if section.stream else _text_key(section.text),
+                _text_key(section.validation),
                 *(_place_key(place) for place in (section.init, section.teacher) if place is not None),
             ],
             upstream,
@@ -251,6 +254,13 @@ def _place_key(place: str) -> str:
     """As `_text_key`, of a prompt or model: a file, a folder, or a name."""
     path = Path(place)
     return artifact.folder_fingerprint(path) if path.is_dir() else str(_text_key(place))
+
+
+def _stream_key(spec: str | None) -> str | None:
+    """As `_text_key`, of a streamed text, which may be many files."""
+    if spec is None or split_spec(spec)[1] in known_names():
+        return spec
+    return open_stream(spec).fingerprint()
 
 
 def _text_key(spec: str | None) -> str | None:

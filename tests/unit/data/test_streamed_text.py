@@ -16,6 +16,7 @@ from ctp_cli.data.batches import StreamedText
 from ctp_cli.data.sources import HubText, load_text
 from ctp_cli.data.streams import open_stream
 from ctp_cli.errors import InputError, NetworkError
+from ctp_cli.runner import _stream_key
 
 
 class Characters:
@@ -210,3 +211,12 @@ def test_a_data_set_of_the_hub_is_read_file_by_file(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(sources, "_hub_answers", lambda: False)
     with pytest.raises(NetworkError, match="cannot be loaded from the Hugging Face hub"):
         open_stream("c4")
+
+
+def test_a_recipe_knows_a_streamed_text_by_its_files(tmp_path: Path) -> None:
+    source = _numbers(tmp_path, files=2, per_file=5)
+    assert _stream_key("c4:train") == "c4:train" and _stream_key(None) is None
+    before = _stream_key(source)
+    assert before == _stream_key(source) != source
+    (tmp_path / "002.jsonl").write_text("{}")
+    assert _stream_key(source) != before
