@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.core_model_loading import revert_weight_conversion
 
 from ctp_cli.checkpoints.formats import LayerFormat
+from ctp_cli.checkpoints.older_readers import rotary_keys
 from ctp_cli.checkpoints.parts import reading
 from ctp_cli.compression.blockwise import LayerResult
 from ctp_cli.files import read_json, whole_file, write_json
@@ -158,8 +159,21 @@ def write_configuration(
     model.config.save_pretrained(folder)
     if model.generation_config is not None:
         model.generation_config.save_pretrained(folder)
+    _write_tokenizer(folder, tokenizer)
+    keys = {"torch_dtype": str(model.dtype).removeprefix("torch."), **rotary_keys(model.config)}
+    write_quantization(folder, {**read_json(folder / "config.json"), **keys}, settings)
+
+
+def _write_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     tokenizer.save_pretrained(folder)
-    write_quantization(folder, {**read_json(folder / "config.json"), **_keys_for_older_readers(model)}, settings)
+    file = folder / "tokenizer_config.json"
+    config = read_json(file)
+    # transformers 4 does not know the new names, transformers 5 knows both
+    if config.get("tokenizer_class") == "TokenizersBackend":
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(config.get("extra_special_tokens"), list):
+        config["additional_special_tokens"] = config.pop("extra_special_tokens")
+    write_json(file, config)
 
 
 def write_quantization(folder: Path, config: dict[str, Any], settings: LayerFormat | None) -> None:
@@ -170,17 +184,6 @@ def write_quantization(folder: Path, config: dict[str, Any], settings: LayerForm
         if settings.name == "gptq":
             write_json(folder / "quantize_config.json", settings.to_config())
     write_json(folder / "config.json", config)
-
-
-def _keys_for_older_readers(model: PreTrainedModel) -> dict[str, Any]:
-    """transformers 4 ignores `rope_parameters` and `dtype` and would silently take its defaults."""
-    keys: dict[str, Any] = {"torch_dtype": str(model.dtype).removeprefix("torch.")}
-    rope = getattr(model.config, "rope_parameters", None)
-    if isinstance(rope, dict) and "rope_theta" in rope:
-        keys["rope_theta"] = rope["rope_theta"]
-        if rope.get("rope_type", "default") != "default":
-            keys["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
-    return keys
 
 
 def parameter_count(model: PreTrainedModel) -> int:

@@ -1,8 +1,9 @@
 """One requirements file, one cached environment: NAME.txt beside this file becomes ~/.cache/ctp/interop/NAME.
 
+Packages whose stated dependencies cannot be met, or are not wanted, stand in NAME.no-deps and are installed last.
+
 Foreign readers need library versions that cannot live beside ours, so each gets a virtual environment of its
-own. It is kept in ctp's cache and built again only when its requirements file, or the Python that runs this,
-changes.
+own. It is kept in ctp's cache and built again only when its requirements, or the Python that runs this, change.
 
     python tests/interop/environments.py gptqmodel     # prints the path of that environment's python
 """
@@ -54,15 +55,24 @@ def environment_python(name: str) -> Path:
 
 
 def _fingerprint(requirements: Path) -> str:
-    return hashlib.sha256(sys.version.encode() + requirements.read_bytes()).hexdigest()
+    bare = _without_dependencies(requirements)
+    content = requirements.read_bytes() + (bare.read_bytes() if bare.is_file() else b"")
+    return hashlib.sha256(sys.version.encode() + content).hexdigest()
+
+
+def _without_dependencies(requirements: Path) -> Path:
+    return requirements.with_suffix(".no-deps")
 
 
 def _build(folder: Path, python: Path, requirements: Path) -> None:
     print(f"building {folder} (once; it takes minutes and gigabytes)", file=sys.stderr)
     shutil.rmtree(folder, ignore_errors=True)
     _step([sys.executable, "-m", "venv", str(folder)])
-    pip = [str(python), "-m", "pip", "--disable-pip-version-check", "--no-cache-dir"]
-    _step([*pip, "install", "--quiet", "--requirement", str(requirements)])
+    pip = [str(python), "-m", "pip", "--disable-pip-version-check", "--no-cache-dir", "install", "--quiet"]
+    _step([*pip, "--requirement", str(requirements)])
+    bare = _without_dependencies(requirements)
+    if bare.is_file():
+        _step([*pip, "--no-deps", "--requirement", str(bare)])
 
 
 def _step(command: list[str]) -> None:

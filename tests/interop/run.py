@@ -2,7 +2,8 @@
 
     .venv/bin/python tests/interop/run.py              # everything; the first time builds the environments
     .venv/bin/python tests/interop/run.py --only w3    # the checkpoints whose name contains w3
-    .venv/bin/python tests/interop/run.py --format gptq     # one format, and only the environment of its readers
+    .venv/bin/python tests/interop/run.py --format gptq     # one format, and only the environments of its readers
+    .venv/bin/python tests/interop/run.py --environment vllm      # one environment
 
 Run from ctp's own environment. stdout carries the table, stderr the progress; exit code 1 on failure.
 """
@@ -14,7 +15,7 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -24,8 +25,25 @@ from environments import BuildError, environment_python
 
 HERE = Path(__file__).resolve().parent
 CTP = Path(sys.executable).with_name("ctp")
-ENVIRONMENTS = {"gptq": "gptqmodel", "compressed-tensors": "llmcompressor"}
-"""The environment in which a format is read."""
+ENVIRONMENTS = {
+    "gptqmodel": ("gptq",),
+    "autogptq": ("gptq",),
+    "llmcompressor": ("compressed-tensors",),
+    "vllm": ("gptq", "compressed-tensors"),
+}
+"""The formats that are read in an environment."""
+FORMATS = ("gptq", "compressed-tensors")
+
+
+ROTARY = {
+    "rope_type": "llama3",
+    "rope_theta": 200.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+"""Of the random model: nobody's default, so that a reader that does not find them is found out."""
 
 
 class RunError(RuntimeError):
@@ -40,7 +58,7 @@ class Case:
     group_size: int
     symmetric: bool = True
     act_order: str = "none"
-    """As in `ctp compress`. column is desc_act, where groups are scattered; the others look alike on disk."""
+    """As in `ctp compress`. column is desc_act, where groups are scattered; the others should look alike on disk."""
     sparsity: float | None = None
     embedded: bool = False
     """The embedded default model, not the small random one."""
@@ -56,6 +74,21 @@ class Case:
             "" if self.act_order == "none" else self.act_order,
         ]
         return "-".join(part for part in parts if part)
+
+    def forms(self, environment: str) -> list[str]:
+        """The formats in which this environment's readers should read it."""
+        if environment == "autogptq" and not self.symmetric:
+            return []  # written as gptq_v2, which auto-gptq knows nothing of
+        if environment == "vllm" and (self.bits != 4 or self.act_order == "column"):
+            return []  # its kernel for CPUs has 4 bits, and it gave up scattered groups
+        forms = [form for form in ENVIRONMENTS[environment] if form in self.written()]
+        return [form for form in forms if environment != "vllm" or form != "gptq" or self.symmetric]
+
+    def written(self) -> list[str]:
+        """The formats in which it can be written so that a twin exists."""
+        # the scales of a bfloat16 model are others in compressed-tensors, and so are its weights: no twin; and it has
+        # no scattered groups any more
+        return [form for form in FORMATS if form == "gptq" or not (self.embedded or self.act_order == "column")]
 
     def options(self) -> list[str]:
         """The options of `ctp compress` that make it."""
@@ -75,7 +108,8 @@ def cases() -> list[Case]:
         for bits, symmetric, act_order in product((2, 3, 4, 8), (True, False), ("none", "column"))
     ]
     joint = Case(4, 64, act_order="group", sparsity=0.5)
-    return [*plain, joint, Case(4, 64, act_order="group", embedded=True)]
+    static = [Case(4, 64, symmetric, "static") for symmetric in (True, False)]
+    return [*plain, joint, *static, Case(4, 64, act_order="group", embedded=True)]
 
 
 def write_text(path: Path) -> None:
@@ -109,6 +143,7 @@ def write_random_model(folder: Path, text: Path) -> None:
         num_key_value_heads=2,
         max_position_embeddings=1024,
         initializer_range=0.08,  # larger than usual: without training, layers must still move the logits
+        rope_parameters=ROTARY,
         bos_token_id=fast.bos_token_id,
         eos_token_id=fast.eos_token_id,
     )
@@ -128,27 +163,31 @@ def embedded_model() -> Path | None:
         return None
 
 
-def compress(case: Case, model: Path, text: Path, folder: Path, forms: Iterable[str]) -> dict[str, Path]:
-    """The checkpoint in every format: runs of ctp that differ in --format only."""
-    made = {}
-    # the scales of a bfloat16 model are others in compressed-tensors, and so are its weights: no twin; and it has no
-    # scattered groups any more
-    left_out = {"compressed-tensors"} if case.embedded or case.act_order == "column" else set()
-    for form in ("dense", *(form for form in forms if form not in left_out)):
-        made[form] = folder / f"{case.name}-{form}"
+def compress(case: Case, model: Path, text: Path, folder: Path, forms: Iterable[str]) -> None:
+    """The checkpoint and its dense twin: runs of ctp that differ in --format only; and the twin's logits."""
+    for form in ("dense", *forms):
         command = [str(CTP), "compress", str(model), *case.options(), "--format", form]
-        _output([*command, "--calibration", str(text), "--force", "-o", str(made[form])])
-    return made
+        _output([*command, "--calibration", str(text), "--force", "-o", str(folder / form)])
+    write_reference(folder)
 
 
-def read(pythons: dict[str, Path], made: dict[str, Path]) -> list[dict[str, Any]]:
-    """What each foreign reader makes of a checkpoint, see read_checkpoint.py."""
-    readings = []
-    for form, python in pythons.items():
-        if form in made:
-            command = [str(python), str(HERE / "read_checkpoint.py"), form, str(made[form]), str(made["dense"])]
-            readings += [json.loads(line) for line in _output(command, allowed=(0, 1)).splitlines()]
-    return readings
+def write_reference(folder: Path, tokens: int = 64) -> None:
+    """Random token ids and what transformers makes of them, with none of ctp's code."""
+    import torch
+    from safetensors.torch import save_file
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder / "dense", dtype=torch.float32)
+    ids = torch.randint(model.config.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        logits = model(ids).logits
+    save_file({"ids": ids, "logits": logits.contiguous()}, folder / "reference.safetensors")
+
+
+def read(python: Path, checkpoints: list[Path]) -> list[dict[str, Any]]:
+    """What each reader of an environment makes of the checkpoints, see read_checkpoint.py."""
+    command = [str(python), str(HERE / "read_checkpoint.py"), *map(str, checkpoints)]
+    return [json.loads(line) for line in _output(command, allowed=(0, 1)).splitlines()]
 
 
 def _output(command: list[str], allowed: tuple[int, ...] = (0,)) -> str:
@@ -167,62 +206,85 @@ def cell(reading: dict[str, Any]) -> str:
     return f"{verdict}{reading['max_abs_diff']:.1e} of {reading['max_abs_logit']:.1f}"
 
 
-def print_table(results: dict[str, list[dict[str, Any]]]) -> None:
+def print_table(readings: list[dict[str, Any]]) -> None:
     """Checkpoints down, readers across, the largest logit difference in between; then failures in full."""
-    readings = {reading["reader"]: reading for made in results.values() for reading in made}
-    for reader, reading in readings.items():
-        print(f"{reader}: {', '.join(f'{package} {version}' for package, version in reading['versions'].items())}")
-    rows = [["checkpoint", *readings]]
-    for name, made in results.items():
-        cells = {reading["reader"]: cell(reading) for reading in made}
-        rows.append([name, *(cells.get(reader, "not read") for reader in readings)])
+    readers = {reading["reader"]: reading for reading in readings}
+    for reader, reading in readers.items():
+        facts = [f"{package} {version}" for package, version in reading["versions"].items()]
+        print(f"{reader}: {', '.join([*facts, *([reading['note']] if reading['note'] else [])])}")
+    table: dict[str, dict[str, str]] = {}
+    for reading in readings:
+        table.setdefault(_name(reading), {})[reading["reader"]] = cell(reading)
+    rows = [["checkpoint", *readers]]
+    rows += [[name, *(cells.get(reader, "") for reader in readers)] for name, cells in table.items()]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         print("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip())
-    for name, readings in results.items():
-        for reading in readings:
-            if not reading["passed"]:
-                print(f"FAILED {name}: {reading['reader']}: {reading['error'] or json.dumps(reading)}")
+    for reading in readings:
+        if not reading["passed"]:
+            print(f"FAILED {_name(reading)}: {reading['reader']}: {reading['error'] or json.dumps(reading)}")
 
 
-def run(only: str, forms: Iterable[str], folder: Path) -> int:
+def _name(reading: dict[str, Any]) -> str:
+    return "/".join(Path(reading["checkpoint"]).parts[-2:])
+
+
+def run(only: str, forms: Collection[str], environments: Iterable[str], folder: Path) -> int:
     """Make, read and tabulate. Returns the exit code."""
-    pythons = {form: environment_python(ENVIRONMENTS[form]) for form in forms}
+    pythons = {name: environment_python(name) for name in environments}
     text, small = folder / "calibration.txt", folder / "random-model"
     write_text(text)
     write_random_model(small, text)
     wanted = [case for case in cases() if only in case.name]
     embedded = embedded_model() if any(case.embedded for case in wanted) else None
-    results, broken = {}, 0
+    checkpoints: dict[str, list[Path]] = {name: [] for name in pythons}
+    broken = 0
     for case in wanted:
         model = embedded if case.embedded else small
-        if model is None:
+        reads = {name: [form for form in case.forms(name) if form in forms] for name in pythons}
+        if model is None or not any(reads.values()):
             continue
         print(case.name, file=sys.stderr, flush=True)
         try:
-            results[case.name] = read(pythons, compress(case, model, text, folder, pythons))
+            compress(case, model, text, folder / case.name, {form for found in reads.values() for form in found})
         except RunError as error:
             print(f"FAILED {case.name}: {error}", file=sys.stderr)
             broken += 1
-    if results:
-        print_table(results)
-    failed = sum(not reading["passed"] for readings in results.values() for reading in readings)
-    print(f"{len(results)} checkpoints read, {failed} readings failed, {broken} checkpoints not made or read")
-    return 1 if failed or broken or not results else 0
+            continue
+        for name, found in reads.items():
+            checkpoints[name] += [folder / case.name / form for form in found]
+    readings = []
+    for name, made in checkpoints.items():
+        if made:
+            print(f"{name} reads {len(made)} checkpoints", file=sys.stderr, flush=True)
+            try:
+                readings += read(pythons[name], made)
+            except RunError as error:
+                print(f"FAILED {name}: {error}", file=sys.stderr)
+                broken += 1
+    if readings:
+        print_table(readings)
+    failed = sum(not reading["passed"] for reading in readings)
+    print(f"{len(readings)} readings, {failed} failed; {broken} checkpoints or environments failed before that")
+    return 1 if failed or broken or not readings else 0
 
 
 def main() -> int:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", help="only checkpoints whose name contains this")
-    parser.add_argument("--format", choices=ENVIRONMENTS, help="only this one (default: all)")
+    parser.add_argument("--format", choices=FORMATS, help="only this one (default: all)")
+    parser.add_argument("--environment", choices=ENVIRONMENTS, help="only this one's readers (default: all)")
     parser.add_argument("--keep", type=Path, help="folder for the checkpoints (default: one that is removed)")
     arguments = parser.parse_args()
     try:
         with tempfile.TemporaryDirectory(prefix="ctp-interop-") as scratch:
             folder = arguments.keep or Path(scratch)
             folder.mkdir(parents=True, exist_ok=True)
-            return run(arguments.only, [arguments.format] if arguments.format else list(ENVIRONMENTS), folder)
+            forms = [arguments.format] if arguments.format else FORMATS
+            names = [arguments.environment] if arguments.environment else list(ENVIRONMENTS)
+            names = [name for name in names if set(ENVIRONMENTS[name]) & set(forms)]
+            return run(arguments.only, forms, names, folder)
     except BuildError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
