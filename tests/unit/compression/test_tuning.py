@@ -82,7 +82,7 @@ def test_a_tuned_checkpoint_keeps_its_zeros_and_predicts_better(
     assert plain.keys() == tuned.keys()
     changed = {name.rpartition(".")[2] for name in plain if not torch.equal(plain[name], tuned[name])}
     twice = settings == {"sparsity": 0.5, "bits": 3}  # pruned, tuned and only then quantized: other masks and codes
-    assert changed == {"weight", *(["scales"] if "bits" in settings else []), *(["qweight"] if twice else [])}
+    assert changed == {"weight", *(["scales"] if "bits" in settings else []), *(["codes", "mask"] if twice else [])}
     for name in plain:
         assert "embed" not in name or torch.equal(plain[name], tuned[name])
         if plain[name].dim() == 2 and not twice:
