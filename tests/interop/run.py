@@ -24,7 +24,6 @@ from typing import Any
 from environments import BuildError, environment_python
 
 HERE = Path(__file__).resolve().parent
-CTP = Path(sys.executable).with_name("ctp")
 ENVIRONMENTS = {
     "gptqmodel": ("gptq",),
     "autogptq": ("gptq",),
@@ -165,9 +164,16 @@ def embedded_model() -> Path | None:
 
 def compress(case: Case, model: Path, text: Path, folder: Path, forms: Iterable[str]) -> None:
     """The checkpoint and its dense twin: runs of ctp that differ in --format only; and the twin's logits."""
+    from typer.testing import CliRunner
+
+    from ctp_cli.app import app
+
     for form in ("dense", *forms):
-        command = [str(CTP), "compress", str(model), *case.options(), "--format", form]
-        _output([*command, "--calibration", str(text), "--force", "-o", str(folder / form)])
+        command = ["compress", str(model), *case.options(), "--format", form]
+        command += ["--calibration", str(text), "--force", "-o", str(folder / form)]
+        done = CliRunner().invoke(app, command)  # in this process: importing takes longer than compressing
+        if done.exit_code:
+            raise RunError(f"exit code {done.exit_code} from: ctp {' '.join(command)}\n{done.output}")
     write_reference(folder)
 
 
