@@ -1,9 +1,12 @@
 """Do other engines read what ctp writes? Makes checkpoints, lets foreign readers load them, compares logits.
 
+Then vLLM serves a stitched checkpoint, and a prompt per request: see serve.py.
+
     .venv/bin/python tests/interop/run.py              # everything; the first time builds the environments
     .venv/bin/python tests/interop/run.py --only w3    # the checkpoints whose name contains w3
     .venv/bin/python tests/interop/run.py --format gptq     # one format, and only the environments of its readers
     .venv/bin/python tests/interop/run.py --environment vllm      # one environment
+    .venv/bin/python tests/interop/run.py --only serving          # no checkpoints, only the servers
 
 Run from ctp's own environment. stdout carries the table, stderr the progress; exit code 1 on failure.
 """
@@ -164,17 +167,21 @@ def embedded_model() -> Path | None:
 
 def compress(case: Case, model: Path, text: Path, folder: Path, forms: Iterable[str]) -> None:
     """The checkpoint and its dense twin: runs of ctp that differ in --format only; and the twin's logits."""
+    for form in ("dense", *forms):
+        options = [*case.options(), "--format", form, "--calibration", str(text), "--force"]
+        ctp("compress", str(model), *options, "-o", str(folder / form))
+    write_reference(folder)
+
+
+def ctp(*command: str) -> None:
+    """Run a command of ctp, in this process: importing takes longer than most of them."""
     from typer.testing import CliRunner
 
     from ctp_cli.app import app
 
-    for form in ("dense", *forms):
-        command = ["compress", str(model), *case.options(), "--format", form]
-        command += ["--calibration", str(text), "--force", "-o", str(folder / form)]
-        done = CliRunner().invoke(app, command)  # in this process: importing takes longer than compressing
-        if done.exit_code:
-            raise RunError(f"exit code {done.exit_code} from: ctp {' '.join(command)}\n{done.output}")
-    write_reference(folder)
+    done = CliRunner().invoke(app, command)
+    if done.exit_code:
+        raise RunError(f"exit code {done.exit_code} from: ctp {' '.join(command)}\n{done.output}")
 
 
 def write_reference(folder: Path, tokens: int = 64) -> None:
@@ -194,6 +201,27 @@ def read(python: Path, checkpoints: list[Path]) -> list[dict[str, Any]]:
     """What each reader of an environment makes of the checkpoints, see read_checkpoint.py."""
     command = [str(python), str(HERE / "read_checkpoint.py"), *map(str, checkpoints)]
     return [json.loads(line) for line in _output(command, allowed=(0, 1)).splitlines()]
+
+
+def serve(python: Path, model: Path, folder: Path) -> bool:
+    """Stitch a prompt onto the model and let serve.py compare; prints what it says. Returns whether all was equal."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from ctp_cli.prompts.file import Prompt, save_prompt
+
+    table = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).get_input_embeddings().weight.detach()
+    ids = AutoTokenizer.from_pretrained(model)("Now follows the manual of a programming language. " * 5)["input_ids"]
+    noise = torch.randn(len(ids), table.shape[1], generator=torch.Generator().manual_seed(0))
+    prompt, stitched = folder / "prompt.safetensors", folder / "stitched"
+    save_prompt(prompt, Prompt(table[ids] + table.std() * noise))  # as learned ones: near the table, but not of it
+    ctp("stitch", str(prompt), str(model), "-o", str(stitched), "--force")
+    command = [str(python), str(HERE / "serve.py"), str(stitched), str(model), str(prompt)]
+    lines = _output([*command, "--log", str(folder / "vllm.log")], allowed=(0, 1)).splitlines()
+    records = [json.loads(line) for line in lines]
+    for record in records:
+        print("serving:", record.pop("kind"), json.dumps(record))
+    return all(record["passed"] for record in records)
 
 
 def _output(command: list[str], allowed: tuple[int, ...] = (0,)) -> str:
@@ -268,11 +296,19 @@ def run(only: str, forms: Collection[str], environments: Iterable[str], folder: 
             except RunError as error:
                 print(f"FAILED {name}: {error}", file=sys.stderr)
                 broken += 1
+    served = "vllm" in pythons and only in "serving"
+    if served:
+        print("vllm serves", file=sys.stderr, flush=True)
+        try:
+            broken += not serve(pythons["vllm"], embedded_model() or small, folder)
+        except RunError as error:
+            print(f"FAILED serving: {error}", file=sys.stderr)
+            broken += 1
     if readings:
         print_table(readings)
     failed = sum(not reading["passed"] for reading in readings)
-    print(f"{len(readings)} readings, {failed} failed; {broken} checkpoints or environments failed before that")
-    return 1 if failed or broken or not readings else 0
+    print(f"{len(readings)} readings, {failed} failed; {broken} checkpoints, environments or servers failed")
+    return 1 if failed or broken or not (readings or served) else 0
 
 
 def main() -> int:
