@@ -164,9 +164,11 @@ def compare(kind: str, reference: Reference, dtype: str, served: dict[str, tuple
     record |= {"worst_shortfall": worst, "margin": margin}
     record |= {"asked": text, "answered": reference.tokenizer.decode(tokens)}
     print(json.dumps(record), flush=True)
+    same = f"all {total} tokens are" if exact == total else f"{exact} of {total} tokens are"
+    others = "" if exact == total else f", the others fall short by at most {worst:.3g} (margin {margin:.3g})"
+    verdict = "ok" if passed else "FAILED"
     print(
-        f"{'ok' if passed else 'FAILED'}: {kind} ({dtype}): {exact} of {total} tokens are the reference's, the others "
-        f"fall short by at most {worst:.3g} (margin {margin:.3g}): {text!r} -> {record['answered']!r}",
+        f"{verdict}: {kind} ({dtype}): {same} the reference's{others}: {text!r} -> {record['answered']!r}",
         file=sys.stderr,
     )
     return passed
