@@ -176,7 +176,8 @@ def judge(made: Mutant, place: Path) -> Verdict:
     lines = error.splitlines()
     said = [line for line in lines if line.startswith("error: ")]
     fault = None
-    if code not in (0, 2):
+    unsolvable = code == 3 and any("hold NaN or infinity" in line for line in said)  # says which layer
+    if code not in (0, 2) and not unsolvable:
         fault = f"exit code {code}: {' '.join(said)[:300]}"
     elif "Traceback" in error or "Traceback" in out:
         fault = "a traceback"
