@@ -80,7 +80,7 @@ class Case:
     def forms(self, environment: str) -> list[str]:
         """The formats in which this environment's readers should read it."""
         if environment == "autogptq" and (self.embedded or not self.symmetric):
-            return []  # its logits of the embedded model, whose head is tied, are wrong; and asymmetric ones are gptq_v2
+            return []  # the embedded model's logits, of a tied head, are wrong there; asymmetric ones are gptq_v2
         if environment == "vllm" and (self.bits != 4 or self.act_order == "column"):
             return []  # its kernel for CPUs has 4 bits, and it gave up scattered groups
         forms = [form for form in ENVIRONMENTS[environment] if form in self.written()]
