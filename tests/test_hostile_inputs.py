@@ -16,7 +16,7 @@ from ctp_cli.artifact import file_fingerprint
 from ctp_cli.data.sources import load_text
 from ctp_cli.errors import CtpError, InputError, RecipeError
 from ctp_cli.files import read_json
-from ctp_cli.models.loading import load_config, load_model, load_tokenizer
+from ctp_cli.models.loading import load_config, load_model, load_tokenizer, weight_files
 from ctp_cli.recipe import load
 
 HUGE = "1" + "0" * 5000
@@ -182,3 +182,10 @@ def test_messages_command_no_terminal(tmp_path: Path) -> None:
     model = changed_config(tiny_model("llama", tmp_path / "m"), quantization_config={"quant_method": "\x1b[2J"})
     result = ctp("eval", model, "--ppl", "pydoc", *SMALL)
     assert result.exit_code == 2 and "\x1b" not in result.stderr
+
+
+@pytest.mark.parametrize("name", ["a" * 300, "model\0.safetensors", "../model.safetensors", 3])
+def test_an_index_names_files_beside_it(name: object, tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"lm_head.weight": name}}))
+    with pytest.raises(InputError, match="no usable weight_map"):
+        weight_files(tmp_path)

@@ -30,6 +30,7 @@ from ctp_cli.files import read_json
 _MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
 _LAYER_COUNT = re.compile(r"layers?$")
 _MOST_LAYERS = 1024
+_LONGEST_NAME = 255  # of a file, nearly everywhere
 _ANY_VALUES = 16_000_000
 """Parameters that a model may lack for the moment: what is missing is told by name."""
 
@@ -209,6 +210,10 @@ def weight_index(path: Path) -> Path | None:
     return next((file for prefix in prefixes if (file := path / f"{prefix}.safetensors.index.json").is_file()), None)
 
 
+def _is_file_name(name: object) -> bool:
+    return isinstance(name, str) and not {"/", "\0"} & set(name) and len(name) <= _LONGEST_NAME
+
+
 def weight_files(path: Path) -> dict[str, Path]:
     """Tensor name -> file, from the index or from the single file.
 
@@ -216,7 +221,7 @@ def weight_files(path: Path) -> dict[str, Path]:
     """
     if (index := weight_index(path)) is not None:
         names = read_json(index).get("weight_map")
-        if not isinstance(names, dict) or not all(isinstance(f, str) and "/" not in f for f in names.values()):
+        if not isinstance(names, dict) or not all(map(_is_file_name, names.values())):
             raise InputError(f"{index}: no usable weight_map")
         return {name: path / file for name, file in names.items()}
     single = path / "model.safetensors"

@@ -92,6 +92,7 @@ def learn_prompt(
     model = models[0]
     for one in models:
         refuse_existing(output, force=force, reads=one.path)
+        manifest_of(one.path)  # a damaged one is refused before anything is learned
     if section.mixed_precision == "fp16" and device == "cpu":
         raise RecipeError("learn.mixed_precision: fp16 needs a GPU", hint="use bf16 or no on a CPU")
     tokenizer = load_tokenizer(model.path)
