@@ -10,14 +10,12 @@ resident memory the kernel keeps (Linux only).
 import argparse
 import json
 import resource
-import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
-from random_checkpoints import llama_config, write_checkpoint, write_tokenizer
+from random_checkpoints import kept_or_temporary, like_llama_7b, write_checkpoint
 
 from ctp_cli.checkpoints.gptq import GPTQSettings
 
@@ -29,24 +27,21 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--folder", type=Path, help="for the checkpoint, kept; without it, a temporary one")
     given = parser.parse_args()
-    folder = given.folder or Path(tempfile.mkdtemp())
-    try:
+    with kept_or_temporary(given.folder) as folder:
         run(given, folder)
-    finally:
-        if given.folder is None:
-            shutil.rmtree(folder)
 
 
 def run(given: argparse.Namespace, folder: Path) -> None:
     model, out = folder / f"llama-{given.layers}x{given.hidden}-w{given.bits}", folder / "prompt"
     if not (model / "config.json").exists():  # written last
         model.mkdir(parents=True, exist_ok=True)
-        wide = given.hidden * 43 // 16
-        shape = {"layers": given.layers, "hidden": given.hidden, "wide": wide, "vocabulary": write_tokenizer(model)}
+        config = like_llama_7b(model, layers=given.layers, hidden=given.hidden)
         size = write_checkpoint(
             model,
-            llama_config(**shape),
-            GPTQSettings(given.bits, 128 if wide % 128 == 0 else 32, symmetric=True, desc_act=False),
+            config,
+            GPTQSettings(
+                given.bits, 128 if config.intermediate_size % 128 == 0 else 32, symmetric=True, desc_act=False
+            ),
         )
         print(f"wrote {size / 1e9:.2f} GB", file=sys.stderr, flush=True)
     command = [

@@ -4,7 +4,10 @@ Arithmetic takes as long on random numbers as on learned ones; quality means not
 tokenizer.
 """
 
+import contextlib
 import json
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -29,6 +32,18 @@ def llama_config(*, layers: int, hidden: int, wide: int, vocabulary: int, head: 
         dtype="bfloat16",
         architectures=["LlamaForCausalLM"],
     )
+
+
+def like_llama_7b(folder: Path, *, layers: int, hidden: int) -> LlamaConfig:
+    """LLaMA-7B's proportions, with the vocabulary of the tokenizer that is written into `folder`."""
+    return llama_config(layers=layers, hidden=hidden, wide=hidden * 43 // 16, vocabulary=write_tokenizer(folder))
+
+
+@contextlib.contextmanager
+def kept_or_temporary(folder: Path | None) -> Iterator[Path]:
+    """The folder that was asked for, or one that is removed."""
+    with contextlib.nullcontext(str(folder)) if folder else tempfile.TemporaryDirectory() as path:
+        yield Path(path)
 
 
 def write_tokenizer(folder: Path) -> int:

@@ -12,15 +12,13 @@ process needs, and the total, which counts pages of mapped files too; the system
 import argparse
 import itertools
 import json
-import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from random_checkpoints import llama_config, write_checkpoint, write_tokenizer
+from random_checkpoints import kept_or_temporary, like_llama_7b, write_checkpoint
 
 SAMPLING_SECONDS = 0.2
 
@@ -68,12 +66,8 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="for checkpoint and result, kept; without it, a temporary one")
     parser.add_argument("options", nargs="*", help="of ctp compress, after --; else --sparsity 0.5 --bits 4")
     given = parser.parse_args()
-    folder = given.folder or Path(tempfile.mkdtemp())
-    try:
+    with kept_or_temporary(given.folder) as folder:
         run(given, folder)
-    finally:
-        if given.folder is None:
-            shutil.rmtree(folder)
 
 
 def run(given: argparse.Namespace, folder: Path) -> None:
@@ -81,9 +75,8 @@ def run(given: argparse.Namespace, folder: Path) -> None:
     if not (model / "config.json").exists():  # written last
         model.mkdir(parents=True, exist_ok=True)
         started = time.monotonic()
-        wide = given.hidden * 43 // 16  # LLaMA-7B's proportion
-        shape = {"layers": given.layers, "hidden": given.hidden, "wide": wide, "vocabulary": write_tokenizer(model)}
-        size = write_checkpoint(model, llama_config(**shape))
+        config = like_llama_7b(model, layers=given.layers, hidden=given.hidden)
+        size = write_checkpoint(model, config)
         print(f"wrote {size / 1e9:.2f} GB of weights in {time.monotonic() - started:.0f} s", file=sys.stderr)
     options = ["--calibration", "pydoc", "--windows", str(given.windows), "--seqlen", str(given.seqlen), "--force"]
     options += given.options or ["--sparsity", "0.5", "--bits", "4"]
