@@ -1,6 +1,7 @@
 """`--packed`: quantized checkpoints of every format stay packed in memory, and compute what their dense twins do."""
 
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -13,6 +14,8 @@ from ctp_cli.integration.linear import PackedLinear
 from ctp_cli.models.loading import load_model
 from ctp_cli.models.resolve import resolve_model
 from ctp_cli.recipe import CompressSection, EvalSection, LearnSection
+from ctp_cli.stages import eval as eval_stage
+from ctp_cli.stages import learn as learn_stage
 from ctp_cli.stages.compress import compress
 from ctp_cli.stages.eval import Target, evaluate
 from ctp_cli.stages.learn import learn_prompt
@@ -61,18 +64,34 @@ def test_a_dense_checkpoint_has_nothing_to_keep_packed(tmp_path: Path) -> None:
         load_model(tiny_model("llama_tied_gqa", tmp_path / "model"), packed=True)
 
 
-def test_eval_of_packed_and_dense_models_together(tmp_path: Path) -> None:
+def watched(stage: ModuleType, monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Whether each model that the stage loads from now on has packed layers."""
+    found = []
+
+    def load(path: Path, **options: Any) -> Any:
+        model = load_model(path, **options)
+        found.append(any(isinstance(module, PackedLinear) for module in model.modules()))
+        return model
+
+    monkeypatch.setattr(stage, "load_model", load)
+    return found
+
+
+def test_eval_of_packed_and_dense_models_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = watched(eval_stage, monkeypatch)
     path = compressed("llama_tied_gqa", tmp_path, sparsity=0.5)
     targets = [Target("full", resolve_model(str(tmp_path / "model"))), Target("small", resolve_model(str(path)))]
     dense, packed = (
         evaluate(EvalSection(ppl=(f"mine={text(tmp_path)}",), seqlen=32, windows=4, packed=one), targets=targets)
         for one in (False, True)
     )
+    assert loaded == [False, False, False, True], "full and small, without --packed and with it"
     assert packed.value("full", "mine") == dense.value("full", "mine")
     assert packed.value("small", "mine") == pytest.approx(dense.value("small", "mine"), rel=1e-5)
 
 
-def test_a_prompt_learned_through_packed_layers(tmp_path: Path) -> None:
+def test_a_prompt_learned_through_packed_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = watched(learn_stage, monkeypatch)
     path = compressed("llama_tied_gqa", tmp_path, format="gptq")
     (tmp_path / "other.txt").write_text("Another text chooses. " + WORDS)
     found = []
@@ -83,4 +102,5 @@ def test_a_prompt_learned_through_packed_layers(tmp_path: Path) -> None:
         )  # fmt: skip
         report = learn_prompt(section, models=[resolve_model(str(path))], output=tmp_path / f"prompt-{packed}")
         found.append((report.unprompted_perplexity, report.best_perplexity))
+    assert loaded == [False, True]
     assert found[1] == pytest.approx(found[0], rel=1e-4)
