@@ -1,5 +1,6 @@
 """Shared by all tests: one thread, quiet libraries, no network, and a small model that really was trained."""
 
+import logging
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,6 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+
+# transformers keeps the stderr it was imported under; that of a finished command is closed.
+transformers.utils.logging.disable_default_handler()
+assert logging.lastResort is not None
+logging.getLogger("transformers").addHandler(logging.lastResort)  # writes to whatever stderr is then
 
 sys.path.insert(0, str(Path(__file__).parent))
 

@@ -123,7 +123,8 @@ def stitch(
 def sample_ids(tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
     """(T,) a few hundred tokens of neutral text: a reference topic that ships inside every Python."""
     text = pydoc_data.topics.topics[_SAMPLE_TOPIC]
-    return torch.tensor(tokenizer(text[: 8 * _SAMPLE_TOKENS], add_special_tokens=False)["input_ids"][:_SAMPLE_TOKENS])
+    ids = tokenizer(text[: 8 * _SAMPLE_TOKENS], add_special_tokens=False, verbose=False)["input_ids"]
+    return torch.tensor(ids[:_SAMPLE_TOKENS])
 
 
 def _vocab(
