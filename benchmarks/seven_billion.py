@@ -2,6 +2,7 @@
 
     python benchmarks/seven_billion.py --folder /somewhere/with/30/GB
     python benchmarks/seven_billion.py --layers 2 --hidden 512          # a small try
+    python benchmarks/seven_billion.py --trace memory.png -- --bits 4   # memory over time, as a figure and memory.csv
 
 The weights are random bfloat16 numbers, written block by block: arithmetic takes as long on them as on learned ones,
 quality means nothing. The tokenizer is the embedded model's, and so is the size of the vocabulary. `ctp compress` runs
@@ -15,9 +16,11 @@ import json
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from matplotlib.figure import Figure
 from random_checkpoints import kept_or_temporary, like_llama_7b, write_checkpoint
 
 SAMPLING_SECONDS = 0.2
@@ -29,8 +32,10 @@ class Memory:
 
     anonymous: int = 0
     total: int = 0
+    samples: list[tuple[float, int, int]] = field(default_factory=list)
+    """Seconds since the start, anonymous and total at that time."""
 
-    def see(self, process: int) -> None:
+    def see(self, process: int, seconds: float) -> None:
         try:
             lines = Path(f"/proc/{process}/status").read_text().splitlines()
         except OSError:
@@ -38,8 +43,23 @@ class Memory:
         kilobytes = {
             name: value.split()[0] for name, _, value in (line.partition(":") for line in lines) if value.strip()
         }
-        self.anonymous = max(self.anonymous, 1024 * int(kilobytes.get("RssAnon", 0)))
-        self.total = max(self.total, 1024 * int(kilobytes.get("VmHWM", 0)))
+        anonymous, total, peak = (1024 * int(kilobytes.get(name, 0)) for name in ("RssAnon", "VmRSS", "VmHWM"))
+        self.samples.append((seconds, anonymous, total))
+        self.anonymous, self.total = max(self.anonymous, anonymous), max(self.total, peak)
+
+    def draw(self, figure: Path, shards: Sequence[float], estimated: str) -> None:
+        """The samples as a figure, with the moments at which shards were finished, and as CSV beside it."""
+        lines = [f"{seconds:.1f},{anonymous},{total}" for seconds, anonymous, total in self.samples]
+        figure.with_suffix(".csv").write_text("\n".join(["seconds,anonymous_bytes,resident_bytes", *lines, ""]))
+        at, anonymous, total = zip(*self.samples, strict=True)
+        axes = Figure(figsize=(8, 3.5), layout="constrained").subplots()
+        axes.plot(at, [value / 1e9 for value in total], color="0.7", label="resident, with mapped files")
+        axes.plot(at, [value / 1e9 for value in anonymous], label="anonymous")
+        axes.axhline(float(estimated.split()[0]) / 1e3, color="C3", linestyle="--", label="estimated by --dry-run")
+        axes.vlines(shards, 0, 0.15, color="0.4", linewidth=0.8, label="a block is written")
+        axes.set(xlabel="seconds", ylabel="GB", ylim=(0, None))
+        axes.legend(fontsize="small")
+        axes.figure.savefig(figure, dpi=120)
 
 
 def compress(model: Path, out: Path, options: list[str]) -> tuple[dict[str, str], Memory, list[float], float]:
@@ -49,7 +69,7 @@ def compress(model: Path, out: Path, options: list[str]) -> tuple[dict[str, str]
     memory, started = Memory(), time.time()
     running = subprocess.Popen([*command, "-q"], stdout=subprocess.DEVNULL)
     while running.poll() is None:
-        memory.see(running.pid)
+        memory.see(running.pid, time.time() - started)
         time.sleep(SAMPLING_SECONDS)
     if running.returncode:
         raise SystemExit(running.returncode)
@@ -64,6 +84,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=8)
     parser.add_argument("--seqlen", type=int, default=512)
     parser.add_argument("--folder", type=Path, help="for checkpoint and result, kept; without it, a temporary one")
+    parser.add_argument("--trace", type=Path, metavar="FILE.png", help="draw memory over time")
     parser.add_argument("options", nargs="*", help="of ctp compress, after --; else --sparsity 0.5 --bits 4")
     given = parser.parse_args()
     with kept_or_temporary(given.folder) as folder:
@@ -81,6 +102,8 @@ def run(given: argparse.Namespace, folder: Path) -> None:
     options = ["--calibration", "pydoc", "--windows", str(given.windows), "--seqlen", str(given.seqlen), "--force"]
     options += given.options or ["--sparsity", "0.5", "--bits", "4"]
     plan, memory, shards, seconds = compress(model, out, options)
+    if given.trace is not None:
+        memory.draw(given.trace, shards, plan["estimated memory"])
     results = json.loads((out / "ctp.json").read_text())["results"]
     blocks = [later - earlier for earlier, later in itertools.pairwise(shards)]
     print("| | estimated | happened |\n|---|---|---|")

@@ -86,17 +86,6 @@ def all_finite(x: Tensor) -> bool:
     return bool(torch.isfinite(torch.stack(torch.aminmax(x))).all())
 
 
-def output_energy(W_OI: Tensor, H_II: Tensor) -> Tensor:
-    """Mean of |W x|^2, a scalar, from the mean H of x x^T: the sum of H (W^T W), one triangle of each.
-
-    Shapes: W_OI (O, I), any float dtype; H_II (I, I) float32, symmetric.
-    """
-    gram_II = torch.zeros_like(H_II)
-    add_gram(gram_II, W_OI)
-    upper_II = gram_II.triu_().mul_(H_II)
-    return 2 * upper_II.sum() - upper_II.diagonal().sum()
-
-
 @contextlib.contextmanager
 def dampened(H_II: Tensor, share: float) -> Iterator[None]:
     """`share` of H's mean diagonal added to its diagonal meanwhile: positive definite even if no input ever fired."""

@@ -78,8 +78,15 @@ class Codes:
 
     def values(self) -> Tensor:
         """(O, I) float32; pruned weights are exactly zero."""
+        values_OI, zeros_OG = self.codes_OI.float(), self.zeros_OG.float()
+        groups = zeros_OG.shape[1]
+        size = values_OI.shape[1] // groups
+        if torch.equal(self.g_idx_I, torch.arange(groups, device=self.g_idx_I.device).int().repeat_interleave(size)):
+            grouped_OGC = values_OI.view(-1, groups, size)  # as they lie: nothing of the layer's size is gathered
+            grouped_OGC.sub_(zeros_OG[..., None]).mul_(self.scales_OG[..., None])
+            return values_OI
         index = self.g_idx_I.long()
-        return (self.codes_OI.float() - self.zeros_OG.float()[:, index]) * self.scales_OG[:, index]
+        return values_OI.sub_(zeros_OG[:, index]).mul_(self.scales_OG[:, index])
 
 
 @dataclass(frozen=True)

@@ -130,7 +130,8 @@ def _solver_bytes(block: Sequence[tuple[int, int]], job: Job, full: bool) -> int
         in_set = min(sum(outputs), max(2 * max(outputs), 3 * min(outputs)))
         hessian, all_of_them, largest = 4 * inputs**2, 4 * in_set * inputs, 4 * max(outputs) * inputs
         together += hessian
-        moments = [2.5 * hessian + 10 * largest + all_of_them] if job.rule.mask else []  # the alternating pruner
+        alternating = job.rule.mask is not None and job.rule.pruner == "alternating"
+        moments = [2.5 * hessian + 10 * largest + all_of_them] if alternating else []
         moments.append(3 * hessian + 3 * all_of_them)  # the factor; the sweep over all layers
         if full:
             moments = [moment + hessian + all_of_them for moment in moments]
