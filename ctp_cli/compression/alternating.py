@@ -20,6 +20,8 @@ from ctp_cli.compression.masks import MaskRule, keep_per_output
 
 _STEPS = 2
 """Conjugate-gradient steps of a round; with one, swaps are noticeably worse chosen (docs/compression.md)."""
+PART = 1 << 24
+"""Weights of a layer that are pruned at once: they are held about ten times meanwhile."""
 _SAMPLED = 1 << 13
 """Weights from which the price of a swap is estimated."""
 
@@ -28,9 +30,17 @@ def prune_by_turns(W_OI: Tensor, quadratic: Quadratic, rule: MaskRule, *, rounds
     """(O, I) float32: W pruned as `rule` says, and what is kept changed to make up for it.
 
     Shapes: W_OI (O, I) float32; the quadratic is that of the inputs' second moments, dampened.
-    A round that does not lower the error ends the search. Memory: about ten times the layer in float32.
+    A round that does not lower the error ends the search. Outputs of a large layer are pruned in equal parts, as if
+    each were a layer of its own. Memory: about ten times a part and the layer once, in float32.
     """
-    W_OI = W_OI.contiguous()  # of GPT-2's layers it is a transposed view
+    parts = -(-W_OI.numel() // PART)
+    pruned_OI = torch.empty(W_OI.shape, dtype=torch.float32, device=W_OI.device)
+    for W, pruned in zip(W_OI.chunk(parts), pruned_OI.chunk(parts), strict=True):
+        pruned.copy_(_prune(W.contiguous(), quadratic, rule, rounds))  # of GPT-2's layers it is a transposed view
+    return pruned_OI
+
+
+def _prune(W_OI: Tensor, quadratic: Quadratic, rule: MaskRule, rounds: int) -> Tensor:
     diagonal_I = quadratic.diagonal_I
     keep_OI = keep_per_output((W_OI.square() * diagonal_I).T, rule).T.contiguous()
     values_OI = W_OI * keep_OI

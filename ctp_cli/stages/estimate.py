@@ -15,6 +15,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from ctp_cli.checkpoints import writer
+from ctp_cli.compression.alternating import PART
 from ctp_cli.errors import RecipeError
 from ctp_cli.models.activations import IN_MEMORY, Activations
 from ctp_cli.models.blocks import Block
@@ -131,7 +132,8 @@ def _solver_bytes(block: Sequence[tuple[int, int]], job: Job, full: bool) -> int
         hessian, all_of_them, largest = 4 * inputs**2, 4 * in_set * inputs, 4 * max(outputs) * inputs
         together += hessian
         alternating = job.rule.mask is not None and job.rule.pruner == "alternating"
-        moments = [2.5 * hessian + 10 * largest + all_of_them] if alternating else []
+        part = min(largest, 4 * PART)
+        moments = [2.5 * hessian + 9 * part + largest + all_of_them] if alternating else []
         moments.append(3 * hessian + 3 * all_of_them)  # the factor; the sweep over all layers
         if full:
             moments = [moment + hessian + all_of_them for moment in moments]

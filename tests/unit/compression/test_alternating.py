@@ -5,6 +5,7 @@ import torch
 from ctp_kernels import descent
 from ctp_kernels.descent import Quadratic
 
+from ctp_cli.compression import alternating
 from ctp_cli.compression.alternating import prune_by_turns
 from ctp_cli.compression.grid import GridRule
 from ctp_cli.compression.masks import MaskRule
@@ -46,6 +47,17 @@ def test_every_round_lowers_the_error(sparsity: float | str, compiled: bool, mon
     assert errors[2] < 0.95 * errors[0]
     plain = solve([W], H, SolverRule(rule, None, pruner="sparsegpt", act_order="group"), layer="fc1")[0]
     assert errors[2] < 0.9 * error(W, plain.weight_OI, H)
+
+
+def test_parts_of_a_large_layer_are_layers_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    W, H = problem()
+    quadratic, rule = Quadratic(damped(H, 0.01)), MaskRule.parse(0.5)
+    whole = prune_by_turns(W, quadratic, rule, rounds=3)
+    alone = [prune_by_turns(part, quadratic, rule, rounds=3) for part in W.split(22)]
+    monkeypatch.setattr(alternating, "PART", W.numel() // 2 - 1)
+    V = prune_by_turns(W, quadratic, rule, rounds=3)
+    assert torch.equal(V, torch.cat(alone)) and not torch.equal(V, whole)
+    assert error(W, V, H) < 1.03 * error(W, whole, H)
 
 
 def test_inputs_that_never_fire_are_pruned_first_and_cost_nothing() -> None:
