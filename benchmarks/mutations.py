@@ -3,7 +3,7 @@
     python benchmarks/mutations.py [--mutants 1000] [--seed 0] [--kinds recipes,texts] [--real 40]
     python benchmarks/mutations.py --one KIND INDEX [--seed 0]
 
-Every mutant (`tests/hostile.py` makes them) is read by the command that would read it, inside one process, because to
+Every mutant (`tests/hostile` makes them) is read by the command that would read it, inside one process, because to
 start one takes seconds. Harmless: exit code 0. Refused: exit code 2, one message, and nothing left behind. Anything
 else is a fault: a traceback, another code, a message that fills the screen, a half-written or changed file, 20 s of
 processor time, 500 MB more memory than before, a crash. Of all mutants `--real` are also given to a `ctp` of their own,

@@ -100,6 +100,10 @@ class Workspace:
             shutil.rmtree(replaced)
         return self.output
 
+    def discard(self) -> None:
+        """Leave nothing to go on from: after an error that the same command would run into again."""
+        _empty(self.path)
+
 
 @contextlib.contextmanager
 def workspace(output: Path, *, kind: str, identity: Mapping[str, Any], force: bool = False) -> Iterator[Workspace]:

@@ -23,6 +23,10 @@ class InputError(CtpError):
     """A file, model, text or prompt that is missing, damaged or does not fit."""
 
 
+class NotFiniteError(InputError):
+    """A model's outputs, or a prompt being learned, are NaN or infinite or as good as that."""
+
+
 class NetworkError(InputError):
     """Something had to be fetched and could not be."""
 

@@ -118,7 +118,7 @@ class CompressSection(Section):
     """Windows on which the compressed model learns to predict what the full model does. 0: no tuning."""
     tune: Literal["weights", "scales"] = "weights"
     """What learns. weights: kept weights after pruning, then scales after quantization; scales: scales only."""
-    tune_learning_rate: Annotated[float, Field(gt=0)] = 2e-3
+    tune_learning_rate: Annotated[float, Field(gt=0, le=1e6)] = 2e-3
     dampening: Annotated[float, Field(gt=0, lt=1)] = 0.01
     """Added to the Hessian's diagonal; a share of its mean (percdamp in GPTQ)."""
     pruner: Literal["alternating", "sparsegpt", "wanda", "magnitude"] = "alternating"
@@ -187,13 +187,13 @@ class LearnSection(Section):
     batch_size: Annotated[int, Field(ge=1)] = 4
     seqlen: Annotated[int, Field(ge=8)] = 512
     """Text tokens per sequence; the prompt stands before them."""
-    learning_rate: Annotated[float, Field(gt=0)] | Literal["auto"] | None = None
+    learning_rate: Annotated[float, Field(gt=0, le=1e6)] | Literal["auto"] | None = None
     """None: 1e-2; for a kv-prefix, in standard deviations of each layer's keys or values, 3e-2. auto: the best of this,
     0.3 and 3 times this after 20 steps with each."""
     warmup_share: Annotated[float, Field(ge=0, lt=1)] = 0.05
     """Share of the steps over which the learning rate rises linearly; it then falls linearly to zero."""
     gradient_clip: Annotated[float, Field(gt=0)] = 1.0
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    weight_decay: Annotated[float, Field(ge=0, le=1e3)] = 0.0
     teacher: str | None = None
     """The model to learn from beside the text: its likeliest next tokens are part of the loss. The uncompressed model
     is meant. Asked once, before learning; it is not in memory later."""

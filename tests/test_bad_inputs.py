@@ -131,6 +131,11 @@ def test_half_precision_that_the_processor_has_not(model: Path, place: Path, tex
     assert not list(place.iterdir())
 
 
+def test_a_learning_rate_beyond_float32(model: Path, place: Path, text: Path) -> None:
+    refused(ctp("learn", model, "--text", text, "--lr", "1e38"), "learning_rate", "less than or equal to 1000000")
+    assert not list(place.iterdir())
+
+
 def test_no_network(place: Path, model: Path) -> None:
     refused(ctp("eval", model, "--ppl", "wikitext2"), "cannot be loaded from the Hugging Face hub", "pydoc")
     refused(ctp("compress", "nobody/nothing", "--bits", 4), "cannot be reached", "smollm2-135m")

@@ -14,12 +14,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from ctp_cli.errors import InputError
+from ctp_cli.errors import InputError, NotFiniteError
 from ctp_cli.models.head import Scorer
 from ctp_cli.models.loading import decoder_embedding
 from ctp_cli.progress import SILENT, Progress
 
 Convention = Literal["true", "paper"]
+_MOST_NATS = 700
+"""A token. A perplexity of exp(710) is more than a float holds."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ def perplexity(
     """Score tokens 2..T of every window given the ones before them and the prompt whose keys and values are `prefix`.
 
     Prompt positions are never scored and never counted.
-    Raises: InputError if prompt and window together exceed the positions of a model that learned them.
+    Raises: InputError if prompt and window together exceed the positions of a model that learned them; NotFiniteError.
     """
     prompt_tokens = 0 if prefix is None else prefix.get_seq_length()
     needed, limit = windows_NT.shape[1] + prompt_tokens, learned_positions(model)
@@ -87,11 +89,12 @@ def perplexity(
         sums.append(nll_BT.double().sum(dim=1).cpu())
         progress.advance(ids_BT.shape[0])
     progress.finish()
-    if not torch.isfinite(torch.cat(sums)).all():
-        raise InputError(
-            "the model's outputs hold NaN or infinity", hint="is the checkpoint sound, and its dtype wide enough?"
-        )
-    return Perplexity(torch.cat(sums), windows_NT.shape[1] - 1, prompt_tokens)
+    found = Perplexity(torch.cat(sums), windows_NT.shape[1] - 1, prompt_tokens)
+    mean_nll = found.window_nll_N.sum().item() / found.scored_tokens
+    if not mean_nll < _MOST_NATS:
+        words = f"lose {mean_nll:.3g} nats per token" if math.isfinite(mean_nll) else "hold NaN or infinity"
+        raise NotFiniteError(f"the model's outputs {words}", hint="is the checkpoint sound, and its dtype wide enough?")
+    return found
 
 
 @dataclass(frozen=True)

@@ -3,10 +3,11 @@
 B=batch T=tokens
 """
 
+import contextlib
 import json
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ctp_cli.data.batches import Batches
-from ctp_cli.errors import InputError
+from ctp_cli.errors import NotFiniteError
 from ctp_cli.files import whole_file
 from ctp_cli.models.head import SoftTargets
 from ctp_cli.progress import SILENT, Progress
@@ -28,6 +29,7 @@ from ctp_cli.prompts.teacher import Teacher
 
 _TIMED_STEPS = 3
 _SEARCH_STEPS = 20
+_LOWER_RATE = "use a lower --lr"
 Received = TypeVar("Received")
 
 
@@ -144,13 +146,16 @@ def learn(
     several models, they take turns step by step. The state is saved at `state_path` at every validation; where it
     exists, learning goes on from it, and without a time limit to the same bits as without the interruption. Several
     processes share every batch.
+
+    Raises NotFiniteError where learning starts from, or comes to, what the models' outputs are no numbers with.
     """
     resumed = from_main(state_path.exists())
     start = module.prompt.detach().cpu()
     state = Progressing.load(state_path) if resumed else Progressing(start.clone(), start.clone())
     if not resumed:
         started = time.perf_counter()
-        state.best_perplexity = validate()
+        with _blamed_on("with the prompt that learning starts from", hint="start from another one"):
+            state.best_perplexity = validate()
         first_seconds = time.perf_counter() - started
         state.history.append((0, state.best_perplexity))
         progress.say(f"step 0: validation perplexity {state.best_perplexity:.3f} (the start)")
@@ -192,7 +197,8 @@ def _validate(loop: "_Loop", validate: Callable[[], float], progress: Progress) 
     state = loop.state
     loop.capture()
     started = time.perf_counter()
-    value = validate()
+    with _blamed_on(_diverged(state.step, state.learning_rate), hint=_LOWER_RATE):
+        value = validate()
     state.validation_seconds += time.perf_counter() - started
     state.history.append((state.step, value))
     if value < state.best_perplexity:
@@ -204,6 +210,19 @@ def _validate(loop: "_Loop", validate: Callable[[], float], progress: Progress) 
     progress.say(
         f"step {state.step}: validation perplexity {value:.3f}{better}, {loop.tokens_per_second():.0f} tokens/s"
     )
+
+
+@contextlib.contextmanager
+def _blamed_on(prompt: str, *, hint: str) -> Iterator[None]:
+    """Without a prompt the models' outputs were numbers."""
+    try:
+        yield
+    except NotFiniteError as error:
+        raise NotFiniteError(f"{prompt} {error.message}", hint=hint) from None
+
+
+def _diverged(step: int, rate: float) -> str:
+    return f"learning diverged: after step {step} with learning rate {rate:g}"
 
 
 class _Loop:
@@ -264,6 +283,9 @@ class _Loop:
             group["lr"] = learning_rate_at(step, planned, peak=peak, warmup_share=self.settings.warmup_share)
         self.optimizer.step()
         self.optimizer.zero_grad()
+        # not the loss: of float16 products a step that overflows is left out
+        if not torch.isfinite(self.prompt).all():
+            raise NotFiniteError(f"{_diverged(step + 1, peak)} the prompt holds NaN or infinity", hint=_LOWER_RATE)
         return loss.item()
 
     def best_rate(self, validate: Callable[[], float], progress: Progress) -> float:
@@ -273,11 +295,11 @@ class _Loop:
             return rates[0]
         found = {}
         for rate in rates:
-            for step in range(_SEARCH_STEPS):
-                self._update(step, _SEARCH_STEPS, rate, {})
             try:
+                for step in range(_SEARCH_STEPS):
+                    self._update(step, _SEARCH_STEPS, rate, {})
                 found[rate] = validate()
-            except InputError:  # it blew up
+            except NotFiniteError:
                 found[rate] = math.inf
             progress.say(f"learning rate {rate:g}: validation perplexity {found[rate]:.3f} after {_SEARCH_STEPS} steps")
             self._start_from_state()

@@ -24,7 +24,7 @@ from ctp_cli.artifact import (
     workspace,
 )
 from ctp_cli.benchmark.figures import learning_figure
-from ctp_cli.errors import InputError, RecipeError
+from ctp_cli.errors import InputError, NotFiniteError, RecipeError
 from ctp_cli.evaluation.perplexity import perplexity
 from ctp_cli.files import read_json
 from ctp_cli.models.loading import decoder_embedding, load_model, load_tokenizer
@@ -141,16 +141,21 @@ def learn_prompt(
         accelerator.init_trackers("learn")
         unprompted = validate(prompted=False)
         progress.say(f"validation perplexity without a prompt: {unprompted:.3f}")
-        state = learn(
-            module,
-            text.batches,
-            settings=_settings(section),
-            validate=validate,
-            accelerator=accelerator,
-            state_path=state_path,
-            teacher=None if teacher is None else _teacher(section, teacher, state_path.parent, device),
-            progress=progress,
-        )
+        try:
+            state = learn(
+                module,
+                text.batches,
+                settings=_settings(section),
+                validate=validate,
+                accelerator=accelerator,
+                state_path=state_path,
+                teacher=None if teacher is None else _teacher(section, teacher, state_path.parent, device),
+                progress=progress,
+            )
+        except NotFiniteError:
+            if space is not None:
+                space.discard()
+            raise
         accelerator.end_training()
         report = _report(output, state, unprompted)
         if space is None:

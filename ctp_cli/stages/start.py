@@ -28,6 +28,9 @@ from ctp_cli.prompts.training import random_rows
 from ctp_cli.recipe import LearnSection
 
 _TEXT = "text:"
+_LARGEST_RATIO = 1e4
+"""Of an earlier prompt's largest value to the root mean square of what the model has of its own in that place. To get
+there, learning at the usual rate would go the same way for tens of thousands of steps."""
 
 
 def refuse_strangers(
@@ -50,22 +53,32 @@ def start(
     text: Batches,
     model: ResolvedModel,
 ) -> Tensor:
-    """What learning starts from: rows, or keys and values, float32."""
+    """What learning starts from: rows, or keys and values, float32.
+
+    Raises InputError for words that are none and for an earlier prompt that does not fit or is far too large.
+    """
     soft = section.method == "soft-prompt"
     earlier = _earlier(section, network, tokenizer, model)
     if isinstance(earlier, KvPrefix) and soft:
         raise InputError(f"{section.init} is a kv-prefix, which has no rows", hint="use --method kv-prefix")
-    if isinstance(earlier, Prompt) and soft:
-        return earlier.embeddings
+    beginning_PD = decoder_embedding(network)(text.beginning(section.tokens).to(network.device)).detach().float()
+    if isinstance(earlier, Prompt):
+        _check_size(section, earlier.embeddings[None], beginning_PD[None].cpu(), "embeddings")
+        if soft:
+            return earlier.embeddings
     if earlier is not None:
-        return key_values_of(prefix_of(earlier, network, name=str(model.path))).float().cpu()
+        given_L2HPC = key_values_of(prefix_of(earlier, network, name=str(model.path))).float().cpu()
+        if isinstance(earlier, KvPrefix):
+            own_L2HPC = key_values_of(rows_prefix(beginning_PD, network)).float().cpu()
+            _check_size(section, given_L2HPC.flatten(0, 1), own_L2HPC.flatten(0, 1), "keys and values")
+        return given_L2HPC
     if section.init is not None:
         words_T = _repeated(token_ids(_words(section.init), tokenizer), section.tokens)
         rows_PD = decoder_embedding(network)(words_T.to(network.device)).detach().float()
     elif soft:
         return _random_start(section, network, tokenizer)
     else:
-        rows_PD = decoder_embedding(network)(text.beginning(section.tokens).to(network.device)).detach().float()
+        rows_PD = beginning_PD
     return (rows_PD if soft else key_values_of(rows_prefix(rows_PD, network)).float()).cpu()
 
 
@@ -83,6 +96,18 @@ def _earlier(
             hint=f"use --tokens {prompt.num_virtual_tokens}",
         )
     return prompt
+
+
+def _check_size(section: LearnSection, given: Tensor, own: Tensor, what: str) -> None:
+    """Compares part by part along the first dimension."""
+    largest = given.double().flatten(1).abs().amax(1)
+    usual = own.double().flatten(1).square().mean(1).sqrt().clamp(min=1e-6)
+    ratio = float((largest / usual).max())
+    if ratio > _LARGEST_RATIO:
+        raise InputError(
+            f"{section.init}: its values are up to {ratio:.0e} times as large as the model's own {what}",
+            hint="is it a prompt of this model? start from another one, or learn it again with a lower --lr",
+        )
 
 
 def earlier_file(section: LearnSection) -> Path | None:

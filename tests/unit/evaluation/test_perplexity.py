@@ -7,6 +7,7 @@ import pytest
 import torch
 from tiny_models import tiny_model
 
+from ctp_cli.errors import NotFiniteError
 from ctp_cli.evaluation.perplexity import Perplexity, compare, perplexity
 from ctp_cli.models.head import Scorer
 from ctp_cli.models.loading import load_model
@@ -116,3 +117,11 @@ def test_more_tokens_than_positions_are_refused_with_the_length_that_fits(tmp_pa
         perplexity(model, ids, prefix=prefix)
     assert caught.value.hint == "use --seqlen 492 or less"
     assert perplexity(model, ids[:, :492], prefix=prefix).scored_tokens == 2 * 491
+
+
+@pytest.mark.parametrize(("factor", "words"), [(1e6, "lose [0-9.e+]+ nats per token"), (float("inf"), "hold NaN")])
+def test_outputs_that_no_perplexity_says(factor: float, words: str, tmp_path: Path) -> None:
+    model = load_model(tiny_model("llama", tmp_path / "m"))
+    model.get_output_embeddings().weight.data *= factor
+    with pytest.raises(NotFiniteError, match=words):
+        perplexity(model, torch.arange(5, 53).view(2, 24))
