@@ -20,7 +20,7 @@ from ctp_cli.models.activations import Tensors
 from ctp_cli.models.blocks import Block, LinearLayer, SuspendedRun, WalkState, advance, flatten
 from ctp_cli.models.processes import ALONE, Processes
 
-_MEASURED_OUTPUTS = 1024
+_MEASURED_OUTPUTS = 512
 """Of a layer, for its relative error."""
 
 

@@ -119,11 +119,10 @@ def solve(weights_OI: list[Tensor], H_II: Tensor | None, rule: SolverRule, *, la
         if rule.grid is None:
             return [Solution(w, None, w != 0, rule.dampening) for w in weights_OI]
         rule = replace(rule, mask=None, keep_zeros=True)
-    W_IO = torch.cat([w.float() for w in weights_OI]).T.contiguous()
     spans = _spans([w.shape[0] for w in weights_OI])
     feedback = rule.feeds_back
-    order_I = _order(H_II, rule, W_IO.shape[0])
-    W_IO = W_IO[order_I]
+    order_I = _order(H_II, rule, weights_OI[0].shape[1])
+    W_IO = _side_by_side(weights_OI, spans)[order_I]
     U_II, dampening = None, None
     if feedback:
         assert H_II is not None, "error feedback needs a Hessian"
@@ -195,6 +194,15 @@ class _Swept:
 def _spans(sizes: list[int]) -> list[slice]:
     ends = torch.tensor(sizes).cumsum(0).tolist()
     return [slice(end - size, end) for end, size in zip(ends, sizes, strict=True)]
+
+
+def _side_by_side(weights_OI: list[Tensor], spans: list[slice]) -> Tensor:
+    """(I, sum of O) float32, written in place: these are the largest tensors there are."""
+    inputs, outputs = weights_OI[0].shape[1], spans[-1].stop
+    W_IO = torch.empty(inputs, outputs, dtype=torch.float32, device=weights_OI[0].device)
+    for w, span in zip(weights_OI, spans, strict=True):
+        W_IO[:, span] = w.T
+    return W_IO
 
 
 def block_size(mask: MaskRule | None, grid: GridRule | None, in_features: int) -> int:
@@ -343,9 +351,9 @@ def _round_block(swept: _Swept, grid_rule: GridRule | None, start: int, stop: in
 def _solution(done: _Swept, span: slice, order_I: Tensor, rule: SolverRule, dampening: float | None) -> Solution:
     """Undo the order of inputs and cut one layer out of the stacked outputs."""
     back_I = torch.argsort(order_I)
-    keep_OI = None if done.keep_IO is None else done.keep_IO[back_I][:, span].T.contiguous()
+    keep_OI = None if done.keep_IO is None else done.keep_IO[:, span][back_I].T.contiguous()
     if rule.grid is None or done.codes_IO is None:
-        return Solution(done.values_IO[back_I][:, span].T.contiguous(), None, keep_OI, dampening)
+        return Solution(done.values_IO[:, span][back_I].T.contiguous(), None, keep_OI, dampening)
     group = rule.grid.group_size or order_I.numel()
     if rule.static_grids:
         g_idx_I, first = (torch.arange(order_I.numel()) // group).int(), list(range(len(done.grids)))
@@ -353,7 +361,7 @@ def _solution(done: _Swept, span: slice, order_I: Tensor, rule: SolverRule, damp
         g_idx_I, first = _group_index(order_I, back_I, group)
     grids = [done.grids[i] for i in first]
     codes = Codes(
-        codes_OI=done.codes_IO[back_I][:, span].T.contiguous(),
+        codes_OI=done.codes_IO[:, span][back_I].T.contiguous(),
         scales_OG=torch.stack([g.scale_O[span] for g in grids], dim=1),
         zeros_OG=torch.stack([g.zero_O[span] for g in grids], dim=1).to(torch.uint8),
         g_idx_I=g_idx_I,
