@@ -385,6 +385,8 @@ def _yaml(text: str, where: str) -> Any:
         return yaml.load(text, Loader=_Loader)  # a SafeLoader
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise RecipeError(f"{where}: not YAML ({_short(' '.join(str(error).split()))})") from None
+    except (LookupError, AttributeError):  # PyYAML's, at "!!bool 7" or "!!timestamp soon"
+        raise RecipeError(f"{where}: not YAML (a value that is not what its tag says)") from None
 
 
 def _assign(content: dict[Any, Any], keys: list[str], value: Any, override: str) -> None:

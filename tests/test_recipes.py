@@ -62,6 +62,13 @@ def test_commands_state_no_defaults_of_their_own(section: type) -> None:
     assert {name: parameters[name].default for name in shared} == dict.fromkeys(shared, None)
 
 
+@pytest.mark.parametrize("value", ["!!bool 7", "!!timestamp soon", "!!int ''", "!!float ''", "!!binary é", "!!set 7"])
+def test_values_that_are_not_what_their_tags_say(tmp_path: Path, value: str) -> None:
+    (tmp_path / "r.yaml").write_text(f"model: x\nlearn: {{batch_size: {value}}}\n")
+    with pytest.raises(RecipeError, match="not YAML"):
+        load(tmp_path / "r.yaml")
+
+
 def test_a_stage_without_what_it_needs_is_refused() -> None:
     with pytest.raises(RecipeError, match="stitch needs the prompt"):
         build(Recipe, {"output": "x", "compress": {"bits": 4}, "stitch": {}})
