@@ -19,6 +19,7 @@ logger = logging.getLogger(__name__)
 
 _KEPT_FILES = {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"}
 _PROBE_TEXTS = ("Hello world", "  two\n\nlines, naïve", "")
+_QUIET = {"verbose": False}  # where a prompt is longer than the tokenizer's limit: no model reads the probes
 _PROBE_CHATS = (
     [
         {"role": "user", "content": "a"},
@@ -230,11 +231,11 @@ def check_saved_tokenizer(stitched: StitchedTokenizer, base: PreTrainedTokenizer
     if token_ids(loaded, names) != stitched.token_ids:
         problem = "gives the prompt's tokens other ids"
     for text in _PROBE_TEXTS:
-        bare = base(text, add_special_tokens=False)["input_ids"]
-        ids = loaded(text)["input_ids"]
+        bare = base(text, add_special_tokens=False, **_QUIET)["input_ids"]
+        ids = loaded(text, **_QUIET)["input_ids"]
         if tuple(ids[: len(stitched.head_ids) + len(bare)]) != (*stitched.head_ids, *bare):
             problem = "does not put the prompt before a text"
-        if loaded(text, add_special_tokens=False)["input_ids"] != bare:
+        if loaded(text, add_special_tokens=False, **_QUIET)["input_ids"] != bare:
             problem = "tokenizes text in another way"
     if isinstance(loaded.chat_template, str) and not _chat_is_prefixed(loaded, stitched):
         problem = "does not put the prompt once before a chat"
@@ -248,7 +249,7 @@ def check_saved_tokenizer(stitched: StitchedTokenizer, base: PreTrainedTokenizer
 def _chat_is_prefixed(loaded: PreTrainedTokenizerBase, stitched: StitchedTokenizer) -> bool:
     for messages in _PROBE_CHATS:
         try:
-            ids = loaded.apply_chat_template(messages, return_dict=False)
+            ids = loaded.apply_chat_template(messages, return_dict=False, tokenizer_kwargs=_QUIET)
         except Exception as error:  # a template is a foreign program: it may raise anything
             logger.debug("chat template refused a probe: %s", error)
             continue

@@ -4,8 +4,9 @@
         model(ids)
 
 PyTorch's products of bfloat16 matrices are fast where the processor has instructions for them (AVX-512 at least).
-Elsewhere they take five times as long as in float32, on one laptop in two. Tensors stay 16-bit outside of the
-operation, so that memory, and what is rounded, stay as they were.
+Elsewhere they take six to eight times as long as in float32, with gradients fifteen and more
+(`benchmarks/sixteen_bit.py`). Tensors stay 16-bit outside of the operation, so that memory, and what is rounded, stay as
+they were.
 
 M=rows of a product I=in_features O=out_features
 """
@@ -111,8 +112,8 @@ class _Linear(torch.autograd.Function):
 def _attention(plain: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
     """16-bit attention on a CPU by our own kernel where it fits, else in float32; results have their own dtype.
 
-    In bfloat16 PyTorch's fused attention takes about 1.5 times as long as in float32, and our kernel, which needs
-    AVX-512 BF16 and heads of 64 or a multiple, a third; with gradients less than half.
+    Without AVX-512 PyTorch's fused attention takes about 1.5 times as long in bfloat16 as in float32. With AVX-512 BF16
+    both are about equal, and our kernel, for heads of 64 or a multiple, takes a third; with gradients less than half.
     """
     if query.device.type != "cpu" or query.dtype not in (torch.bfloat16, torch.float16):
         return plain(query, key, value, **options)

@@ -178,3 +178,12 @@ def test_the_model_itself_is_never_the_output(made):
     with pytest.raises(OutputError, match="is what is to be read"):
         _stitch(made, output="base", force=True)
     assert sorted((made / "base").iterdir()) == before
+
+
+def test_no_warning_of_long_samples(made, capsys):
+    """transformers warns where more is tokenized than `model_max_length`; nothing of it is a model's input here."""
+    file = made / "base" / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"model_max_length": 4}))
+    for format in ("vocab", "peft", "kv"):
+        _stitch(made, format=format, output=format)
+    assert "Token indices" not in capsys.readouterr().err
