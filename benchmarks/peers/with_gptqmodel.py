@@ -2,7 +2,8 @@
 
     GPTQMODEL_CPU_WORKERS=4 python benchmarks/peers/with_gptqmodel.py MODEL WINDOWS OUT --bits 4 --group-size 64
 
-Asymmetric, everything else as GPTQModel has it. Prints one JSON line; the checkpoint is in gptq format.
+Asymmetric unless told otherwise, everything else as GPTQModel has it. Prints one JSON line; the checkpoint is in gptq
+format.
 """
 
 import argparse
@@ -23,8 +24,9 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--group-size", type=int, default=64)
+    parser.add_argument("--symmetric", action="store_true")
     given = parser.parse_args()
-    config = QuantizeConfig(bits=given.bits, group_size=given.group_size, sym=False, device="cpu")
+    config = QuantizeConfig(bits=given.bits, group_size=given.group_size, sym=given.symmetric, device="cpu")
     model = GPTQModel.load(str(given.model), config, dtype=torch.bfloat16)
     examples = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in load_file(given.windows)["ids"]]
     started = time.perf_counter()

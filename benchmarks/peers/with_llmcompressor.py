@@ -3,8 +3,9 @@
     python benchmarks/peers/with_llmcompressor.py MODEL WINDOWS OUT --method gptq --bits 4 --group-size 64
     python benchmarks/peers/with_llmcompressor.py MODEL WINDOWS OUT --method sparsegpt --sparsity 0.5
 
-Quantization is asymmetric, everything else as llm-compressor has it. Prints one JSON line; the checkpoint holds the
-resulting weights densely, so that any evaluator reads it.
+Quantization is asymmetric unless told otherwise, everything else as llm-compressor has it. Prints one JSON line; the
+checkpoint holds the resulting weights densely, so that any evaluator reads it, or with --packed as llm-compressor saves
+them.
 """
 
 import argparse
@@ -29,7 +30,9 @@ def main() -> None:
     parser.add_argument("--method", choices=("gptq", "sparsegpt"), required=True)
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--group-size", type=int, default=64)
+    parser.add_argument("--symmetric", action="store_true")
     parser.add_argument("--sparsity", type=float, default=0.5)
+    parser.add_argument("--packed", action="store_true")
     given = parser.parse_args()
     model = AutoModelForCausalLM.from_pretrained(given.model, dtype="auto")
     tokenizer = AutoTokenizer.from_pretrained(given.model)
@@ -39,7 +42,7 @@ def main() -> None:
         weights = {
             "num_bits": given.bits,
             "type": "int",
-            "symmetric": False,
+            "symmetric": given.symmetric,
             "strategy": "group",
             "group_size": given.group_size,
         }
@@ -58,12 +61,15 @@ def main() -> None:
         shuffle_calibration_samples=False,
     )
     seconds = time.perf_counter() - started
-    plain = AutoModelForCausalLM.from_pretrained(given.model, dtype="auto")
-    names = dict(plain.named_parameters())
-    for name, parameter in model.named_parameters():
-        if name in names:
-            names[name].data.copy_(parameter.data)
-    plain.save_pretrained(given.out)
+    if given.packed:
+        model.save_pretrained(given.out, save_compressed=True)
+    else:
+        plain = AutoModelForCausalLM.from_pretrained(given.model, dtype="auto")
+        names = dict(plain.named_parameters())
+        for name, parameter in model.named_parameters():
+            if name in names:
+                names[name].data.copy_(parameter.data)
+        plain.save_pretrained(given.out)
     tokenizer.save_pretrained(given.out)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     print(json.dumps({"solve_seconds": seconds, "peak_bytes": peak}))

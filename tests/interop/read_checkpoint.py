@@ -139,9 +139,27 @@ def load_autogptq(folder: Path, dtype: torch.dtype) -> nn.Module:
     """auto-gptq as its own documentation has it; on a CPU only its plain kernel is left."""
     from auto_gptq import AutoGPTQForCausalLM
 
-    return AutoGPTQForCausalLM.from_quantized(
+    model = AutoGPTQForCausalLM.from_quantized(
         str(folder), device="cpu", torch_dtype=dtype, use_safetensors=True, disable_exllama=True, disable_exllamav2=True
     ).model
+    if model.config.tie_word_embeddings:
+        put_back_table(model, folder)
+    return model
+
+
+def put_back_table(model: Any, folder: Path) -> None:
+    """Where a tied model's embedding table was lost, read it again, and say so in the model's `note`.
+
+    accelerate's load_checkpoint_in_model, which auto-gptq calls, makes tied parameters the one that comes first by
+    name: lm_head.weight, which was never loaded because a tied model's file has none.
+    """
+    table = model.get_input_embeddings().weight
+    name = next(name for name, parameter in model.named_parameters() if parameter is table)
+    [file] = [file for file in folder.glob("*.safetensors") if name in tensor_names(file)]
+    stored = load_file(file)[name].to(table.dtype)
+    if not torch.equal(table, stored):
+        table.data.copy_(stored)
+        model.note = "its loader loses the embedding table of a tied model: put back from the file"
 
 
 def vllm_product(
@@ -268,10 +286,10 @@ READERS = {
 }
 
 
-def tensor_names(folder: Path) -> set[str]:
-    """Of every tensor in the folder's safetensors files; no data is read."""
+def tensor_names(path: Path) -> set[str]:
+    """Of every tensor in a safetensors file, or in all of a folder; no data is read."""
     names: set[str] = set()
-    for file in folder.glob("*.safetensors"):
+    for file in path.glob("*.safetensors") if path.is_dir() else [path]:
         with safe_open(file, "pt") as handle:
             names |= set(handle.keys())
     return names
@@ -319,9 +337,9 @@ def read(reader: Reader, folder: Path, form: str, twin: Twin) -> Reading:
     try:
         reading.tolerance = LOGIT_ROUNDINGS * max(twin.rounding(name) for name in packed)
         model = reader.load(folder, reader.dtype).eval()
+        reading.note = getattr(model, "note", None)
         if reader.layers is None or reader.decode is None:
             reading.decodes = False
-            reading.note = model.note
         else:
             layers = quantized_layers(reader.layers(model), packed)
             reading.kernels = dict(Counter(type(module).__name__ for module in layers.values()))

@@ -1,6 +1,7 @@
 """Do other engines read what ctp writes? Makes checkpoints, lets foreign readers load them, compares logits.
 
-Then vLLM serves a stitched checkpoint, and a prompt per request: see serve.py.
+And the other way round: does ctp take what others make, see others.py. Then vLLM serves a stitched checkpoint, and a
+prompt per request: see serve.py.
 
     .venv/bin/python tests/interop/run.py              # everything; the first time builds the environments
     .venv/bin/python tests/interop/run.py --only w3    # the checkpoints whose name contains w3
@@ -8,23 +9,27 @@ Then vLLM serves a stitched checkpoint, and a prompt per request: see serve.py.
     .venv/bin/python tests/interop/run.py --environment vllm      # one environment
     .venv/bin/python tests/interop/run.py --only serving          # no checkpoints, only the servers
 
-Run from ctp's own environment. stdout carries the table, stderr the progress; exit code 1 on failure.
+Run from ctp's own environment. stdout carries the tables, stderr the progress; exit code 1 on failure.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 from environments import BuildError, environment_python
+from others import Other, others, use, write_twin, write_windows
+from tables import print_table, row_name
 
 HERE = Path(__file__).resolve().parent
 ENVIRONMENTS = {
@@ -79,12 +84,18 @@ class Case:
 
     def forms(self, environment: str) -> list[str]:
         """The formats in which this environment's readers should read it."""
-        if environment == "autogptq" and (self.embedded or not self.symmetric):
-            return []  # the embedded model's logits, of a tied head, are wrong there; asymmetric ones are gptq_v2
-        if environment == "vllm" and (self.bits != 4 or self.act_order == "column"):
-            return []  # its kernel for CPUs has 4 bits, and it gave up scattered groups
         forms = [form for form in ENVIRONMENTS[environment] if form in self.written()]
-        return [form for form in forms if environment != "vllm" or form != "gptq" or self.symmetric]
+        return [form for form in forms if not self.unread(environment, form)]
+
+    def unread(self, environment: str, form: str) -> str:
+        """Why this environment's readers do not read that format of theirs, "" if they should."""
+        if environment in ("autogptq", "vllm") and form == "gptq" and not self.symmetric:
+            return "gptq_v2"
+        if environment == "vllm" and self.bits != 4:
+            return f"{self.bits} bit"  # its kernel for CPUs has 4
+        if environment == "vllm" and self.act_order == "column":
+            return "scattered groups"  # it gave them up
+        return ""
 
     def written(self) -> list[str]:
         """The formats in which it can be written so that a twin exists."""
@@ -131,7 +142,10 @@ def write_random_model(folder: Path, text: Path) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=512, special_tokens=["<s>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+        vocab_size=512,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,  # on stdout
     )
     tokenizer.train([str(text)], trainer)
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
@@ -225,42 +239,83 @@ def serve(python: Path, model: Path, folder: Path) -> bool:
 
 
 def _output(command: list[str], allowed: tuple[int, ...] = (0,)) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    variables = {**os.environ, "GPTQMODEL_CPU_WORKERS": "4"}
+    done = subprocess.run(command, capture_output=True, text=True, env=variables, check=False)
     if done.returncode not in allowed or (done.returncode and not done.stdout):
         said = "\n".join(done.stderr.strip().splitlines()[-20:])
         raise RunError(f"exit code {done.returncode} from: {' '.join(command)}\n{said}")
     return done.stdout
 
 
-def cell(reading: dict[str, Any]) -> str:
-    """The largest logit difference of one reading, or that it failed."""
-    if reading["error"]:
-        return "FAILED: no logits"
-    verdict = "" if reading["passed"] else "FAILED: "
-    return f"{verdict}{reading['max_abs_diff']:.1e} of {reading['max_abs_logit']:.1f}"
+@contextmanager
+def counted(broken: list[str], what: str) -> Iterator[None]:
+    """What cannot be made, read or served is told and counted, and all else still runs."""
+    print(what, file=sys.stderr, flush=True)
+    try:
+        yield
+    except RunError as error:
+        print(f"FAILED {what}: {error}", file=sys.stderr)
+        broken.append(what)
 
 
-def print_table(readings: list[dict[str, Any]]) -> None:
-    """Checkpoints down, readers across, the largest logit difference in between; then failures in full."""
-    readers = {reading["reader"]: reading for reading in readings}
-    for reader, reading in readers.items():
-        facts = [f"{package} {version}" for package, version in reading["versions"].items()]
-        print(f"{reader}: {', '.join([*facts, *([reading['note']] if reading['note'] else [])])}")
-    table: dict[str, dict[str, str]] = {}
-    for reading in readings:
-        table.setdefault(_name(reading), {})[reading["reader"]] = cell(reading)
-    rows = [["checkpoint", *readers]]
-    rows += [[name, *(cells.get(reader, "") for reader in readers)] for name, cells in table.items()]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        print("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip())
-    for reading in readings:
-        if not reading["passed"]:
-            print(f"FAILED {_name(reading)}: {reading['reader']}: {reading['error'] or json.dumps(reading)}")
+def read_all(pythons: dict[str, Path], made: dict[str, list[Path]], broken: list[str]) -> list[dict[str, Any]]:
+    """The readings of all checkpoints, which are given by environment."""
+    readings = []
+    for name, checkpoints in made.items():
+        if checkpoints:
+            with counted(broken, f"{name} reads {len(checkpoints)} checkpoints"):
+                readings += [reading | {"environment": name} for reading in read(pythons[name], checkpoints)]
+    return readings
 
 
-def _name(reading: dict[str, Any]) -> str:
-    return "/".join(Path(reading["checkpoint"]).parts[-2:])
+def ours(
+    wanted: list[Case], forms: Collection[str], pythons: dict[str, Path], models: dict[bool, Path | None], folder: Path
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Checkpoints of ctp in everyone's readers: the table is printed. `models`: whether embedded, and where it is.
+
+    Returns the readings, and what is broken.
+    """
+    made: dict[str, list[Path]] = {name: [] for name in pythons}
+    broken: list[str] = []
+    unread = {}
+    for case in wanted:
+        model = models[case.embedded]
+        reads = {name: [form for form in case.forms(name) if form in forms] for name in pythons}
+        if model is None or not any(reads.values()):
+            continue
+        with counted(broken, case.name):
+            found = {form for some in reads.values() for form in some}
+            compress(case, model, folder / "calibration.txt", folder / case.name, found)
+            for name, some in reads.items():
+                made[name] += [folder / case.name / form for form in some]
+                for form in set(ENVIRONMENTS[name]) & found - set(some):
+                    unread[row_name(folder / case.name / form), name] = f"not read: {case.unread(name, form)}"
+    readings = read_all(pythons, made, broken)
+    print_table("What ctp writes, in other readers", readings, unread)
+    return readings, broken
+
+
+def theirs(
+    wanted: list[Other], pythons: dict[str, Path], model: Path, folder: Path
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Checkpoints of other makers in ctp: the table is printed. Returns the readings, and what is broken."""
+    made: dict[str, list[Path]] = {name: [] for name in pythons}
+    broken: list[str] = []
+    used = {}
+    text, windows = folder / "calibration.txt", folder / "windows.safetensors"
+    write_windows(windows, model, text)
+    for other in wanted:
+        checkpoint, stitched = (folder / name / other.form for name in (other.name, f"{other.name}-stitched"))
+        with counted(broken, other.name):
+            _output(other.command(pythons[other.environment], model, windows, checkpoint))
+            commands = use(ctp, checkpoint, stitched, text)
+            for done in (checkpoint, stitched):
+                write_twin(ctp, done)
+                made[other.environment].append(done)
+            used[row_name(checkpoint), "ctp"] = ", ".join(commands)
+    readings = read_all(pythons, made, broken)
+    print_table("What others make: what ctp did with it, and its logits beside the maker's", readings, used)
+    return readings, broken
 
 
 def run(only: str, forms: Collection[str], environments: Iterable[str], folder: Path) -> int:
@@ -271,44 +326,19 @@ def run(only: str, forms: Collection[str], environments: Iterable[str], folder: 
     write_random_model(small, text)
     wanted = [case for case in cases() if only in case.name]
     embedded = embedded_model() if any(case.embedded for case in wanted) else None
-    checkpoints: dict[str, list[Path]] = {name: [] for name in pythons}
-    broken = 0
-    for case in wanted:
-        model = embedded if case.embedded else small
-        reads = {name: [form for form in case.forms(name) if form in forms] for name in pythons}
-        if model is None or not any(reads.values()):
-            continue
-        print(case.name, file=sys.stderr, flush=True)
-        try:
-            compress(case, model, text, folder / case.name, {form for found in reads.values() for form in found})
-        except RunError as error:
-            print(f"FAILED {case.name}: {error}", file=sys.stderr)
-            broken += 1
-            continue
-        for name, found in reads.items():
-            checkpoints[name] += [folder / case.name / form for form in found]
-    readings = []
-    for name, made in checkpoints.items():
-        if made:
-            print(f"{name} reads {len(made)} checkpoints", file=sys.stderr, flush=True)
-            try:
-                readings += read(pythons[name], made)
-            except RunError as error:
-                print(f"FAILED {name}: {error}", file=sys.stderr)
-                broken += 1
+    readings, broken = ours(wanted, forms, pythons, {True: embedded, False: small}, folder)
+    foreign = [other for other in others() if other.environment in pythons and only in other.name]
+    if foreign := [other for other in foreign if other.form in forms]:
+        more, failed = theirs(foreign, pythons, small, folder)
+        readings, broken = readings + more, broken + failed
     served = "vllm" in pythons and only in "serving"
     if served:
-        print("vllm serves", file=sys.stderr, flush=True)
-        try:
-            broken += not serve(pythons["vllm"], embedded_model() or small, folder)
-        except RunError as error:
-            print(f"FAILED serving: {error}", file=sys.stderr)
-            broken += 1
-    if readings:
-        print_table(readings)
-    failed = sum(not reading["passed"] for reading in readings)
-    print(f"{len(readings)} readings, {failed} failed; {broken} checkpoints, environments or servers failed")
-    return 1 if failed or broken or not (readings or served) else 0
+        with counted(broken, "vllm serves"):
+            if not serve(pythons["vllm"], embedded_model() or small, folder):
+                broken.append("serving")
+    failures = sum(not reading["passed"] for reading in readings)
+    print(f"{len(readings)} readings, {failures} failed; {len(broken)} checkpoints, environments or servers failed")
+    return 1 if failures or broken or not (readings or served) else 0
 
 
 def main() -> int:
