@@ -154,6 +154,25 @@ def test_a_model_without_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     refused(ctp("compress", model, "--bits", 4, "--calibration", "pydoc", *SMALL, "--dry-run"), "num_hidden_layers=0")
 
 
+def test_a_limit_of_tokens_that_is_no_number(tmp_path: Path) -> None:
+    model = tiny_model("llama", tmp_path / "m")
+    config = model / "tokenizer_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"model_max_length": [512]}))
+    with pytest.raises(InputError, match="model_max_length"):
+        load_tokenizer(model)
+
+
+def test_a_damaged_manifest_is_refused_before_anything_is_measured(
+    inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = tiny_model("llama", tmp_path / "m")
+    (model / "ctp.json").write_text('{"kind": ')
+    text = inputs.folder / "text.txt"
+    refused(ctp("eval", model, "--ppl", text, "--windows", 2, "--seqlen", 16, "-o", "out"), "ctp.json")
+    assert not list(tmp_path.glob("out*"))
+
+
 def test_links_that_lead_nowhere(inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for target in ("nowhere", "link", "/dev/zero"):

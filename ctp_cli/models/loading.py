@@ -76,6 +76,10 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     for circumstance in ("local_files_only", "is_local"):
         # how it was loaded this time; it would be saved with the tokenizer and make equal checkpoints differ
         tokenizer.init_kwargs.pop(circumstance, None)
+    if not isinstance(tokenizer.model_max_length, int | float):
+        raise InputError(
+            f"{path}: model_max_length of tokenizer_config.json is no number", hint="mend it, or take it out"
+        )
     return tokenizer
 
 

@@ -95,12 +95,13 @@ def evaluate(
     tokens = {target.label: _windows(section, target, texts) for target in targets}
     warnings = _overlaps(prompts, texts)
     identity = {"eval": section.model_dump(), "inputs": _inputs(targets)}
+    base_model = (manifest_of(targets[0].model.path) or {}).get("base_model", targets[0].model.name)
     place = contextlib.nullcontext() if output is None else workspace(output, kind=KIND, identity=identity, force=force)
     with place as space:  # an output that cannot be made is refused before the work, not after it
         results = _measure(section, targets, prompts, tokens, device, progress)
         report = _report(section, targets, texts, results, tokens, output, warnings)
         if space is not None:
-            _save(section, targets, report, space)
+            _save(section, base_model, report, space)
     return report
 
 
@@ -266,13 +267,13 @@ def _inputs(targets: Sequence[Target]) -> list[dict[str, Any]]:
     ]
 
 
-def _save(section: EvalSection, targets: Sequence[Target], report: EvalReport, space: Workspace) -> None:
+def _save(section: EvalSection, base_model: str, report: EvalReport, space: Workspace) -> None:
     write_json(space.path / "scores.json", document(report))
     space.finish(
         {
             "recipe": {"eval": section.model_dump()},
             "inputs": space.identity["inputs"],
-            "base_model": (manifest_of(targets[0].model.path) or {}).get("base_model", targets[0].model.name),
+            "base_model": base_model,
             "results": "scores.json",
         }
     )

@@ -86,6 +86,7 @@ def stitch(
         check_tokenizer(tokenizer, layout=prompt.metadata.layout)  # before the weights are read
     hidden_ND = load_hidden_states(model_path)
     runs = section.format == "kv" or not isinstance(prompt, Prompt) or hidden_ND is None
+    base = manifest_of(model_path) or {}
     model = load_model(model_path) if runs else load_without_blocks(model_path)
     table = decoder_embedding(model).weight
     unverified = check_fits(prompt, tokenizer=tokenizer, embedding=table, model=str(model_path))
@@ -106,7 +107,6 @@ def stitch(
             report, details = _vocab(
                 space, section, prompt, model, hidden_ND, tokenizer, model_path, unverified, progress
             )
-        base = manifest_of(model_path) or {}
         space.finish(
             {
                 "recipe": {"stitch": section.model_dump()},
