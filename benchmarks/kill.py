@@ -1,6 +1,6 @@
 """Kill `compress`, `learn` and `run` at random moments, run them again, and count what was lost.
 
-    python benchmarks/kill.py [--moments 100] [--seed 0]
+    python benchmarks/kill.py [--moments 100] [--seed 0] [--only run]
 
 Works on a small model trained on the spot. Of each command's time, from start to end, moments are drawn at random; the
 process group is killed there (SIGKILL), and then:
@@ -77,25 +77,30 @@ def contents(output: Path) -> dict[str, str]:
     return found
 
 
-def is_half(what: str, output: Path, expected: dict[str, str]) -> bool:
-    """`run` fills its folder artifact by artifact: each of them must be whole."""
+def changed(found: dict[str, str], expected: dict[str, str]) -> list[str]:
+    """Names of what is missing, too much, or not the same."""
+    return sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
+
+
+def half(what: str, output: Path, expected: dict[str, str]) -> list[str]:
+    """What is wrong in an output that has its final name; `run` fills its folder artifact by artifact."""
     if not output.exists():
-        return False
+        return []
     if what != "run":
-        return contents(output) != expected
-    for artifact in output.iterdir():
-        if not artifact.is_dir() or artifact.name.endswith(".partial"):
-            continue
-        wanted = {name: value for name, value in expected.items() if name.startswith(f"{artifact.name}/")}
-        if {f"{artifact.name}/{name}": value for name, value in contents(artifact).items()} != wanted:
-            return True
-    return False
+        return changed(contents(output), expected)
+    whole = {path.name for path in output.iterdir() if path.is_dir() and not path.name.endswith(".partial")}
+    found, wanted = (
+        {name: value for name, value in files.items() if name.partition("/")[0] in whole}
+        for files in (contents(output), expected)
+    )
+    return changed(found, wanted)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--moments", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", default="compress,learn,run", help="learn needs what compress makes")
     given = parser.parse_args()
     draw = random.Random(given.seed)
     print("| command | takes, s | killed | had ended before | lost | half | differs |")
@@ -104,7 +109,8 @@ def main() -> None:
         root = Path(scratch)
         model = train(root)
         compressed = root / "compressed"
-        for number, what in enumerate(("compress", "learn", "run")):
+        wanted = given.only.split(",")
+        for number, what in enumerate(wanted):
             folder = root / what
             folder.mkdir()
             line = command(what, folder, model, compressed)
@@ -117,7 +123,7 @@ def main() -> None:
             if what == "compress":
                 (folder / "o").rename(compressed)
             counts = dict.fromkeys(("killed", "ended", "lost", "half", "differs"), 0)
-            for trial in range(given.moments * (number + 1) // 3 - given.moments * number // 3):
+            for trial in range(given.moments * (number + 1) // len(wanted) - given.moments * number // len(wanted)):
                 place = root / f"{what}-{trial}"
                 place.mkdir()
                 one(
@@ -141,7 +147,9 @@ def one(
         os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
     counts["ended" if ended else "killed"] += 1
-    counts["half"] += is_half(what, output, expected)
+    if wrong := half(what, output, expected):
+        counts["half"] += 1
+        print(f"{what}, killed after {moment:.2f} s: {', '.join(wrong)} half made", file=sys.stderr)
     if ended and what != "run":
         return
     code, errors = finished(line)
@@ -149,9 +157,9 @@ def one(
     if code and not (what != "run" and "exists" in errors and contents(output) == expected):
         counts["lost"] += 1
         print(f"{what}, killed after {moment:.2f} s, then exit code {code}: {errors}", file=sys.stderr)
-    elif contents(output) != expected:
+    elif wrong := changed(contents(output), expected):
         counts["differs"] += 1
-        print(f"{what}, killed after {moment:.2f} s: another output", file=sys.stderr)
+        print(f"{what}, killed after {moment:.2f} s: other {', '.join(wrong)}", file=sys.stderr)
 
 
 if __name__ == "__main__":
