@@ -39,15 +39,16 @@ class GPTQSettings:
     group_size: int
     symmetric: bool
     desc_act: bool
-    dampening: float = 0.01
-    true_sequential: bool = True
-    static_groups: bool = False
     zero_offset: int = 1
     """v1 stores zero - 1, v2 stores zero."""
+    # how the codes were found, which no reader needs; None is not known, and not said
+    dampening: float | None = None
+    true_sequential: bool | None = None
+    static_groups: bool | None = None
 
     def to_config(self) -> dict[str, Any]:
         """As it stands in config.json and in quantize_config.json."""
-        return {
+        known = {
             "quant_method": "gptq",
             "checkpoint_format": "gptq" if self.zero_offset else "gptq_v2",
             "bits": self.bits,
@@ -59,6 +60,7 @@ class GPTQSettings:
             "true_sequential": self.true_sequential,
             "lm_head": False,
         }
+        return {key: value for key, value in known.items() if value is not None}
 
     @classmethod
     def from_config(cls, config: dict[str, Any], path: Path) -> "GPTQSettings":

@@ -31,6 +31,8 @@ _EXPANSION = 20
 """Times that packed text may be longer than its file, which real text never is."""
 _SMALL_CHARACTERS = 64_000_000
 """What any file may hold, however well it is packed."""
+_BEGINNING = 4096
+"""Characters by which a text is known again, long enough to go past what many documents begin with."""
 _ROWS = 64
 """Of parquet, unpacked at a time."""
 
@@ -46,6 +48,23 @@ class Text:
     @property
     def sha256(self) -> str:
         return hashlib.sha256(self.content.encode()).hexdigest()
+
+    @property
+    def beginning(self) -> str:
+        """A short hash of its first characters; equal for a text and, if it is long enough, its first part."""
+        return hash_of_beginning([self.content])
+
+
+def hash_of_beginning(pieces: Iterable[str]) -> str:
+    """As `Text.beginning`, of a text in pieces, of which no more are taken than are needed."""
+    beginning = ""
+    for piece in pieces:
+        beginning += piece
+        if len(beginning) >= _BEGINNING:
+            break
+    # JSON can spell half of a surrogate pair; a whole text ends without the space behind a last row
+    content = beginning[:_BEGINNING].strip().encode("utf-8", "surrogatepass")
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from pathlib import Path
 from ctp_cli.data.sources import (
     FILE_ENDINGS,
     HUB_TEXTS,
+    hash_of_beginning,
     hub_errors_are_said,
     jsonl_rows,
     known_names,
@@ -44,6 +45,13 @@ class Stream(ABC):
     @abstractmethod
     def fingerprint(self) -> str:
         """By which equal text is known again."""
+
+    @abstractmethod
+    def beginnings(self) -> list[str]:
+        """`Text.beginning` of every file; none for a data set of the hub, which its name and part tell.
+
+        Raises InputError for a file whose beginning cannot be read.
+        """
 
 
 def open_stream(spec: str, *, part: str = "train") -> Stream:
@@ -100,6 +108,9 @@ class LocalStream(Stream):
                 digest.update(handle.read(_ENDS_BYTES))
         return digest.hexdigest()
 
+    def beginnings(self) -> list[str]:
+        return sorted({hash_of_beginning(self.pieces(file)) for file in range(self.files)})
+
 
 class HubStream(Stream):
     """A data set of the Hugging Face hub, all its rows, at the revision it has now. A piece is a row."""
@@ -127,6 +138,9 @@ class HubStream(Stream):
 
     def fingerprint(self) -> str:
         return f"{self._text.repository}@{self._revision}"
+
+    def beginnings(self) -> list[str]:
+        return []
 
 
 def _revision(repository: str) -> str | None:

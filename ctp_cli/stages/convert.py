@@ -1,21 +1,27 @@
 """Bring a quantized checkpoint into another format, its codes untouched."""
 
+import contextlib
 import shutil
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
+from pydantic import ValidationError
 
 from ctp_cli.artifact import MANIFEST, all_or_nothing, folder_fingerprint, manifest_of, refuse_existing, workspace
 from ctp_cli.checkpoints import writer
 from ctp_cli.checkpoints.conversion import converted_files
 from ctp_cli.checkpoints.formats import same_in
+from ctp_cli.checkpoints.gptq import GPTQSettings
 from ctp_cli.checkpoints.hidden_states import FILE as HIDDEN_STATES
 from ctp_cli.errors import InputError
 from ctp_cli.files import read_json
 from ctp_cli.models.loading import check_weight_files, dense_skeleton, load_config, packed_format, weight_files
 from ctp_cli.models.resolve import ResolvedModel
 from ctp_cli.progress import SILENT, Progress
+from ctp_cli.recipe import CompressSection
 from ctp_cli.stages.compress import KIND
 
 _COPIED = ("*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "NOTICE*")
@@ -44,9 +50,11 @@ def convert(
         raise InputError(f"{model.path}: not quantized", hint="ctp compress makes a quantized checkpoint of it")
     check_weight_files(model.path)
     files = weight_files(model.path)
-    target = same_in(form, source, scattered=source.scattered(files))
-    _, transposed = dense_skeleton(config)
     made = manifest_of(model.path) or {}
+    target = same_in(form, source, scattered=source.scattered(files))
+    if isinstance(target, GPTQSettings):
+        target = replace(target, **_how_found(made, target))
+    _, transposed = dense_skeleton(config)
     identity = {"convert": form, "model": {"name": model.name, "sha256": folder_fingerprint(model.path)}}
     kind = str(made.get("kind", KIND))
     with workspace(output, kind=kind, identity=identity, force=force) as space, all_or_nothing(space):
@@ -80,3 +88,19 @@ def convert(
         source_bytes=sum(path.stat().st_size for path in set(files.values())),
         checkpoint_bytes=checkpoint_bytes,
     )
+
+
+def _how_found(made: Mapping[str, Any], settings: GPTQSettings) -> dict[str, Any]:
+    """What `ctp compress` was told, from the manifest of its checkpoint or of a conversion of it."""
+    recipe, results = made.get("recipe"), made.get("results")
+    if isinstance(recipe, dict) and isinstance(recipe.get("compress"), dict):
+        with contextlib.suppress(ValidationError):
+            section = CompressSection.model_validate(recipe["compress"])
+            static = section.act_order == "static" and section.quantizer == "gptq" and settings.group_size > 0
+            return {
+                "dampening": section.dampening,
+                "true_sequential": section.true_sequential,
+                "static_groups": static,
+            }
+    before = results.get("source_manifest") if isinstance(results, dict) else None
+    return _how_found(before, settings) if isinstance(before, dict) else {}

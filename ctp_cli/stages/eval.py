@@ -199,7 +199,20 @@ def _overlaps(prompts: dict[str, AnyPrompt | None], texts: Sequence[Text]) -> tu
             for what, verb in (("text", "learned from"), ("validation", "chosen on"), ("file", "learned from")):
                 if data.get(f"{what}_sha256") == text.sha256:
                     warnings.append(f"{label}: its prompt was {verb} {text.label}; that figure is not a result")
+            if _was_streamed(data, text):
+                warnings.append(
+                    f"{label}: its prompt was learned from a text that begins as {text.label} does; that figure is not "
+                    "a result"
+                )
     return tuple(warnings)
+
+
+def _was_streamed(data: dict[str, Any], text: Text) -> bool:
+    """Of a streamed text, which nobody has read whole, the prompt knows how its files begin, or its name."""
+    beginnings = data.get("text_beginnings")
+    if not isinstance(beginnings, list):
+        return False
+    return text.beginning in beginnings if beginnings else data.get("text") == text.source
 
 
 def _data_of(prompt: AnyPrompt | None) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 import contextlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -12,10 +12,12 @@ import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import LoggerType, ProjectConfiguration
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from ctp_cli.artifact import (
     IDENTITY,
+    Workspace,
     file_fingerprint,
     folder_fingerprint,
     manifest_of,
@@ -43,7 +45,7 @@ from ctp_cli.prompts.file import (
     fingerprint_tokenizer,
     save_prompt,
 )
-from ctp_cli.prompts.losses import KvPrefixLoss, SoftPromptLoss
+from ctp_cli.prompts.losses import KvPrefixLoss, PromptedLoss, SoftPromptLoss
 from ctp_cli.prompts.teacher import FILES, Teacher
 from ctp_cli.prompts.training import LearningSettings, Progressing, from_main, learn
 from ctp_cli.recipe import LearnSection
@@ -89,22 +91,10 @@ def learn_prompt(
 
     Raises CtpError kinds for what the user can mend; unfinished work is kept and gone on from.
     """
-    model = models[0]
-    for one in models:
-        refuse_existing(output, force=force, reads=one.path)
-        manifest_of(one.path)  # a damaged one is refused before anything is learned
-    if section.mixed_precision == "fp16" and device == "cpu":
-        raise RecipeError("learn.mixed_precision: fp16 needs a GPU", hint="use bf16 or no on a CPU")
-    tokenizer = load_tokenizer(model.path)
-    text = learning_text(section, model, tokenizer)
-    earlier = earlier_file(section)
-    identity: dict[str, Any] = {
-        "models": [{"name": one.name, "sha256": folder_fingerprint(one.path)} for one in models],
-        "teacher": None if teacher is None else folder_fingerprint(teacher.path),
-        "init": None if earlier is None else file_fingerprint(earlier),
-        "learn": section.model_dump(exclude={"text", "validation", "tracker", "shard"}),
-        **text.identity,
-    }
+    _check_before_reading(section, models, output, device, force)
+    tokenizer = load_tokenizer(models[0].path)
+    text = learning_text(section, models[0], tokenizer)
+    identity = _identity(section, models, teacher, text)
     accelerator = _accelerator(section, device, output)
     _check_can_be_shared(section, accelerator.num_processes)
     dtype = from_main(_dtype(section, models, device, output, accelerator.num_processes if section.shard else 1))
@@ -112,12 +102,9 @@ def learn_prompt(
     networks = _load_all(section, models, dtype, device, progress)
     tables = [one(lambda model: fingerprint_embedding(decoder_embedding(model).weight)) for one in networks]
     refuse_strangers(models, tables, tokenizer)
-    if teacher is not None and fingerprint_tokenizer(load_tokenizer(teacher.path)) != fingerprint_tokenizer(tokenizer):
-        raise InputError(
-            f"{teacher.path} has another tokenizer than {model.path}", hint="a teacher reads the same tokens"
-        )
-    begin = networks[0](lambda network: start(section, network, tokenizer, text.batches, model))
-    module = (SoftPromptLoss if section.method == "soft-prompt" else KvPrefixLoss)(networks, begin)
+    _check_teacher(teacher, models[0], tokenizer)
+    job = _Job(section, models, tokenizer, text, networks, tables[0])
+    module = job.module()
     main = accelerator.is_main_process
     place = workspace(output, kind=KIND, identity=identity, force=force) if main else contextlib.nullcontext()
     with place as space:
@@ -125,75 +112,151 @@ def learn_prompt(
         accelerator.wait_for_everyone()
         if space is not None and space.resumed and state_path.exists():
             progress.say(f"going on with the unfinished work in {space.path}")
-
-        def validate(*, prompted: bool = True) -> float:
-            prefixes = [module.prefix(which) if prompted else None for which in range(len(networks))]
-            values = [
-                one(
-                    lambda network, prefix=prefix: perplexity(
-                        network, text.selection_NT, prefix=prefix, batch_size=section.batch_size
-                    )
-                ).value()
-                for one, prefix in zip(networks, prefixes, strict=True)
-            ]
-            return math.exp(sum(map(math.log, values)) / len(values))
-
         accelerator.init_trackers("learn")
-        unprompted = validate(prompted=False)
+        unprompted = job.perplexity(module, prompted=False)
         progress.say(f"validation perplexity without a prompt: {unprompted:.3f}")
-        try:
+        with _left_nowhere_to_go_on(space):
             state = learn(
                 module,
                 text.batches,
                 settings=_settings(section),
-                validate=validate,
+                validate=lambda: job.perplexity(module),
                 accelerator=accelerator,
                 state_path=state_path,
                 teacher=None if teacher is None else _teacher(section, teacher, state_path.parent, device),
                 progress=progress,
             )
-        except NotFiniteError:
-            if space is not None:
-                space.discard()
-            raise
         accelerator.end_training()
         report = _report(output, state, unprompted)
-        if space is None:
-            return report
-        prompt_type = Prompt if section.method == "soft-prompt" else KvPrefix
-        prompt = prompt_type(
-            module.learned(state.best),
-            _metadata(section, models, networks[0].model, tables[0], tokenizer, text, state),
-        )
-        save_prompt(space.path / PROMPT_FILE, prompt)
-        names = ", ".join(one.name for one in models)
-        learning_figure(state.history, space.path / "learning.png", title=f"Learning a prompt on {names}")
-        space.finish(
-            {
-                "recipe": {
-                    "models": [str(one.path) for one in models],
-                    "learn": section.model_dump() | {"steps": state.planned_steps},
-                },
-                "inputs": identity,
-                "seed": section.seed,
-                "device": str(accelerator.device),
-                "dtype": str(networks[0].model.dtype).removeprefix("torch."),
-                "weight_bytes_per_process": sum(one.held_bytes() for one in networks),
-                "base_model": _base_name(model),
-                "results": {
-                    "unprompted_validation_perplexity": unprompted,
-                    "best_validation_perplexity": state.best_perplexity,
-                    "best_step": state.best_step,
-                    "steps": state.step,
-                    "planned_steps": state.planned_steps,
-                    "learning_rate": state.learning_rate,
-                    "learning_seconds": round(state.seconds, 1),
-                    "history": state.history,
-                },
-            },
-            scratch=(_STATE, FILES),
-        )
+        if space is not None:
+            _save(space, job, module.learned(state.best), state, report, device=str(accelerator.device))
     return report
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What is learned from what: all that is read before learning."""
+
+    section: LearnSection
+    models: Sequence[ResolvedModel]
+    tokenizer: PreTrainedTokenizerBase
+    text: LearningText
+    networks: list[Frozen]
+    table: str
+    """Fingerprint of the models' embedding table."""
+
+    def module(self) -> PromptedLoss:
+        section, text, model = self.section, self.text, self.models[0]
+        begin = self.networks[0](lambda network: start(section, network, self.tokenizer, text.batches, model))
+        return (SoftPromptLoss if section.method == "soft-prompt" else KvPrefixLoss)(self.networks, begin)
+
+    def perplexity(self, module: PromptedLoss, *, prompted: bool = True) -> float:
+        """Of the text that chooses the prompt; over several models the geometric mean."""
+        windows_NT, batch_size = self.text.selection_NT, self.section.batch_size
+        prefixes = [module.prefix(which) if prompted else None for which in range(len(self.networks))]
+        values = [
+            one(
+                lambda network, prefix=prefix: perplexity(network, windows_NT, prefix=prefix, batch_size=batch_size)
+            ).value()
+            for one, prefix in zip(self.networks, prefixes, strict=True)
+        ]
+        return math.exp(sum(map(math.log, values)) / len(values))
+
+    def metadata(self, state: Progressing) -> PromptMetadata:
+        compressions = [_compression(model) for model in self.models]
+        return PromptMetadata(
+            kind=self.section.method,
+            base_model=_base_name(self.models[0]),
+            tokenizer_fingerprint=fingerprint_tokenizer(self.tokenizer),
+            embedding_fingerprint=self.table,
+            compression=json.dumps(compressions[0] if len(self.models) == 1 else compressions),
+            data=json.dumps(self.text.data),
+            steps=state.best_step,
+            dtype=self.dtype,
+            seed=self.section.seed,
+            validation_perplexity=state.best_perplexity,
+        )
+
+    @property
+    def dtype(self) -> str:
+        return str(self.networks[0].model.dtype).removeprefix("torch.")
+
+
+@contextlib.contextmanager
+def _left_nowhere_to_go_on(space: Workspace | None) -> Iterator[None]:
+    """Where learning diverges, the same command would diverge again."""
+    try:
+        yield
+    except NotFiniteError:
+        if space is not None:
+            space.discard()
+        raise
+
+
+def _save(
+    space: Workspace, job: _Job, learned: Tensor, state: Progressing, report: LearnReport, *, device: str
+) -> None:
+    section = job.section
+    prompt_type = Prompt if section.method == "soft-prompt" else KvPrefix
+    save_prompt(space.path / PROMPT_FILE, prompt_type(learned, job.metadata(state)))
+    names = ", ".join(one.name for one in job.models)
+    learning_figure(state.history, space.path / "learning.png", title=f"Learning a prompt on {names}")
+    space.finish(
+        {
+            "recipe": {
+                "models": [str(one.path) for one in job.models],
+                "learn": section.model_dump() | {"steps": state.planned_steps},
+            },
+            "inputs": space.identity,
+            "seed": section.seed,
+            "device": device,
+            "dtype": job.dtype,
+            "weight_bytes_per_process": sum(one.held_bytes() for one in job.networks),
+            "base_model": _base_name(job.models[0]),
+            "results": {
+                "unprompted_validation_perplexity": report.unprompted_perplexity,
+                "best_validation_perplexity": state.best_perplexity,
+                "best_step": state.best_step,
+                "steps": state.step,
+                "planned_steps": state.planned_steps,
+                "learning_rate": state.learning_rate,
+                "learning_seconds": round(state.seconds, 1),
+                "history": state.history,
+            },
+        },
+        scratch=(_STATE, FILES),
+    )
+
+
+def _check_before_reading(
+    section: LearnSection, models: Sequence[ResolvedModel], output: Path, device: str, force: bool
+) -> None:
+    for one in models:
+        refuse_existing(output, force=force, reads=one.path)
+        manifest_of(one.path)  # a damaged one is refused before anything is learned
+    if section.mixed_precision == "fp16" and device == "cpu":
+        raise RecipeError("learn.mixed_precision: fp16 needs a GPU", hint="use bf16 or no on a CPU")
+
+
+def _check_teacher(teacher: ResolvedModel | None, model: ResolvedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    if teacher is not None and fingerprint_tokenizer(load_tokenizer(teacher.path)) != fingerprint_tokenizer(tokenizer):
+        raise InputError(
+            f"{teacher.path} has another tokenizer than {model.path}", hint="a teacher reads the same tokens"
+        )
+
+
+def _identity(
+    section: LearnSection, models: Sequence[ResolvedModel], teacher: ResolvedModel | None, text: LearningText
+) -> dict[str, Any]:
+    """By which unfinished work is known again."""
+    earlier = earlier_file(section)
+    return {
+        "models": [{"name": one.name, "sha256": folder_fingerprint(one.path)} for one in models],
+        "teacher": None if teacher is None else folder_fingerprint(teacher.path),
+        "init": None if earlier is None else file_fingerprint(earlier),
+        "learn": section.model_dump(exclude={"text", "validation", "tracker", "shard"}),
+        **text.identity,
+    }
 
 
 def _check_can_be_shared(section: LearnSection, processes: int) -> None:
@@ -296,30 +359,6 @@ def _settings(section: LearnSection) -> LearningSettings:
                 "seed",
             }
         ),
-    )
-
-
-def _metadata(
-    section: LearnSection,
-    models: Sequence[ResolvedModel],
-    network: PreTrainedModel,
-    table: str,
-    tokenizer: PreTrainedTokenizerBase,
-    text: LearningText,
-    state: Progressing,
-) -> PromptMetadata:
-    compressions = [_compression(model) for model in models]
-    return PromptMetadata(
-        kind=section.method,
-        base_model=_base_name(models[0]),
-        tokenizer_fingerprint=fingerprint_tokenizer(tokenizer),
-        embedding_fingerprint=table,
-        compression=json.dumps(compressions[0] if len(models) == 1 else compressions),
-        data=json.dumps(text.data),
-        steps=state.best_step,
-        dtype=str(network.dtype).removeprefix("torch."),
-        seed=section.seed,
-        validation_perplexity=state.best_perplexity,
     )
 
 

@@ -25,7 +25,7 @@ class LearningText:
     """Validation windows (N, seqlen)."""
     identity: dict[str, Any]
     """What is known of both texts, by which unfinished work knows them again."""
-    data: dict[str, str]
+    data: dict[str, Any]
     """What the prompt says of them: `eval` warns where a figure would be on one of them."""
 
 
@@ -64,7 +64,8 @@ def _texts(section: LearnSection, spec: str, text: Text) -> tuple[Text, Text]:
 
 def _streamed(section: LearnSection, spec: str, tokenizer: PreTrainedTokenizerBase) -> LearningText:
     stream = open_stream(spec)
-    validation, held_out = _beside(section, stream, spec, tokenizer)
+    beginnings = stream.beginnings()
+    validation, held_out = _beside(section, stream, spec, beginnings, tokenizer)
     batches = StreamedText(
         stream,
         tokenizer,
@@ -82,18 +83,22 @@ def _streamed(section: LearnSection, spec: str, tokenizer: PreTrainedTokenizerBa
         {
             "text": stream.source,
             "text_fingerprint": fingerprint,
+            "text_beginnings": beginnings,
             "validation": validation.source,
             "validation_sha256": validation.sha256,
         },
     )
 
 
-def _beside(section: LearnSection, stream: Stream, spec: str, tokenizer: PreTrainedTokenizerBase) -> tuple[Text, int]:
+def _beside(
+    section: LearnSection, stream: Stream, spec: str, beginnings: list[str], tokenizer: PreTrainedTokenizerBase
+) -> tuple[Text, int]:
     """The selection text of a stream, and how many pieces of the first file it takes: none where it has its own."""
     if section.validation is not None:
-        if split_spec(section.validation)[1:] == split_spec(spec)[1:]:
+        validation = load_text(section.validation, default_part="validation")
+        if split_spec(section.validation)[1:] == split_spec(spec)[1:] or validation.beginning in beginnings:
             raise _same(stream.source)
-        return load_text(section.validation, default_part="validation"), 0
+        return validation, 0
     if (name := split_spec(spec)[1]) in HUB_TEXTS:
         return load_text(name, default_part="validation"), 0
     pieces: list[str] = []

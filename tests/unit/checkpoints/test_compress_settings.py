@@ -37,6 +37,8 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
         {"bits": 3, "symmetric": False, "sparsity": "2:4"},
         {"bits": 8, "symmetric": False, "group_size": "row"},
         {"bits": 4, "act_order": "column", "symmetric": False},
+        {"bits": 4, "act_order": "static"},
+        {"bits": 4, "act_order": "static", "group_size": "row"},
         {"bits": 4, "sparsity": None, "quantizer": "rtn"},
         {"bits": 4, "pruner": "wanda", "act_order": "none", "true_sequential": False, "target": "layer"},
     ],
@@ -52,6 +54,8 @@ def test_both_formats_hold_the_same_model(llama: Path, text: Path, tmp_path: Pat
     assert stored["bits"] == settings["bits"]
     assert stored["sym"] == settings.get("symmetric", True)
     assert stored["desc_act"] == (settings.get("act_order") == "column")
+    # scales fitted before the first input is taken; one group for all inputs is fitted at their first, like any other
+    assert stored["static_groups"] == (settings.get("act_order") == "static" and "group_size" not in settings)
     assert stored["group_size"] == (-1 if settings.get("group_size") == "row" else 32)
 
 
