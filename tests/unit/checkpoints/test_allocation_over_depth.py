@@ -9,8 +9,12 @@ from safetensors.torch import load_file, save_file
 from tiny_models import tiny_model
 
 from ctp_cli.errors import OutputError
+from ctp_cli.models.blocks import find_blocks
+from ctp_cli.models.loading import dense_skeleton, load_config
+from ctp_cli.recipe import CompressSection
 from ctp_cli.stages import passes
-from ctp_cli.stages.estimate import Estimate
+from ctp_cli.stages.estimate import Estimate, estimate
+from ctp_cli.stages.plan import Job
 
 BLOCKS = 3
 OWL = {"allocation": "owl", "sparsity": 0.7}
@@ -109,3 +113,16 @@ def test_another_allocation_is_other_work(model: Path, text: Path, tmp_path: Pat
         run(model, tmp_path / "out", text, progress=StopAfter(1), sparsity=0.7)
     with pytest.raises(OutputError, match=r"compress\.allocation was uniform, is owl"):
         run(model, tmp_path / "out", text, **OWL)
+
+
+def test_the_estimate_counts_the_pass_that_finds_outliers(model: Path) -> None:
+    network, _ = dense_skeleton(load_config(model))
+    blocks = find_blocks(network)
+    sections = [CompressSection(sparsity=0.7, seqlen=32, allocation=how) for how in ("uniform", "owl")]
+    even, owl = (
+        estimate(Job.plan(section, network, blocks), network, blocks, windows=64, device="cpu") for section in sections
+    )
+    weights = sum(layer.weight_OI.numel() for block in blocks for layer in block.layers)
+    assert owl.operations - even.operations == 2 * weights * 8 * 32
+    assert 2 * owl.reads_bytes == 3 * even.reads_bytes
+    assert owl.checkpoint_bytes == even.checkpoint_bytes
