@@ -125,6 +125,8 @@ class CompressSection(Section):
     """alternating: least-squares fits of what is kept and swaps against what is not, in turns, then quantization."""
     rounds: Annotated[int, Field(ge=1, le=100)] = 3
     """Turns of the alternating pruner."""
+    allocation: Literal["uniform", "owl"] = "uniform"
+    """uniform: every layer is pruned to the same fraction; owl: blocks with more outliers less, with the same mean."""
     quantizer: Literal["gptq", "rtn"] = "gptq"
     """rtn is round-to-nearest."""
     refine: Annotated[int, Field(ge=0, le=1000)] = 4
@@ -154,6 +156,8 @@ class CompressSection(Section):
             raise ValueError("target full needs true_sequential, or layers would share an error: use target layer")
         if self.act_order == "column" and self.tune_windows:
             raise ValueError("tuning scales needs groups of neighbouring inputs: use act_order group, static or none")
+        if self.allocation != "uniform" and not isinstance(self.sparsity, float):
+            raise ValueError(f"allocation {self.allocation} needs a fraction to prune; n:m is the same everywhere")
         if self.act_order in ("column", "static") and isinstance(self.sparsity, str):
             raise ValueError(f"act_order {self.act_order} tears n:m blocks apart: use group or none")
         return self

@@ -76,6 +76,8 @@ COMPRESS_CASES = {
         ["--bits", "4", "--tune-windows", "2", "--act-order", "column"],
         ["neighbouring inputs", "act_order group"],
     ),
+    "n:m that differs over depth": (["--sparsity", "2:4", "--allocation", "owl"], ["allocation owl", "a fraction"]),
+    "an allocation of nothing": (["--bits", "4", "--allocation", "owl"], ["allocation owl", "a fraction"]),
     "memory without a unit": (["--bits", "4", "--max-memory", "4"], ["max_memory", "500MB, 4GB"]),
     "memory in another unit": (["--bits", "4", "--max-memory", "4 parsecs"], ["max_memory", "500MB, 4GB"]),
     "no memory": (["--bits", "4", "--max-memory", "0GB"], ["max_memory", "greater than 0"]),

@@ -1,5 +1,6 @@
 """ctp compress"""
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -53,6 +54,10 @@ def compress(
     pruner: Annotated[
         str | None, typer.Option(help="alternating, sparsegpt, wanda or magnitude.", rich_help_panel=HOW)
     ] = None,
+    allocation: Annotated[
+        str | None,
+        typer.Option(help="uniform, or owl: blocks with more outliers are pruned less.", rich_help_panel=HOW),
+    ] = None,
     quantizer: Annotated[str | None, typer.Option(help="gptq or rtn.", rich_help_panel=HOW)] = None,
     rounds: Annotated[int | None, typer.Option(help="Turns of the alternating pruner.", rich_help_panel=HOW)] = None,
     refine: Annotated[
@@ -103,6 +108,7 @@ def compress(
                 "tune_learning_rate": tune_learning_rate,
                 "dampening": dampening,
                 "pruner": pruner,
+                "allocation": allocation,
                 "quantizer": quantizer,
                 "rounds": rounds,
                 "refine": refine,
@@ -159,7 +165,7 @@ def compress(
                 "bits per weight",
                 f"{report.bits_per_weight:.2f} of everything, {report.linear_bits_per_weight:.2f} of linear layers",
             ),
-            ("zeros in linear layers", f"{report.linear_sparsity:.2%}"),
+            ("zeros in linear layers", _zeros_text(report.linear_sparsity, report.block_sparsities)),
             (
                 "mean relative error",
                 "-" if report.mean_relative_error is None else f"{report.mean_relative_error:.4f}",
@@ -172,3 +178,7 @@ def compress(
     for made in (str(report.path), *also):
         console.result(made)
     console.next_step(f"ctp learn {report.path} --max-time 10m")
+
+
+def _zeros_text(share: float, of_blocks: Sequence[float] | None) -> str:
+    return f"{share:.2%}" + (f", of blocks {min(of_blocks):.1%} to {max(of_blocks):.1%}" if of_blocks else "")

@@ -40,6 +40,8 @@ class CompressReport:
     bits_per_weight: float
     linear_bits_per_weight: float
     linear_sparsity: float
+    block_sparsities: tuple[float, ...] | None
+    """What each block was to be pruned to, where that differs."""
     mean_relative_error: float | None
     seconds: float
     notes: tuple[str, ...]
@@ -109,6 +111,7 @@ def compress(
         processes.total(0)  # nobody goes on before the folder is there
         passes = Passes(job, unfinished(output), opened, model.path, activations, processes, progress)
         report, tunings = passes.run(ids_NT.to(device))
+        sparsities = passes.sparsities
         if space is None:
             return None
         job.write_shared_files(space.path, network, tokenizer)
@@ -127,7 +130,8 @@ def compress(
                 "processes": processes.count,
                 "format": job.format,
                 "base_model": model.name,
-                "results": sizes | {"layers": report, "notes": notes, "tunings": tunings},
+                "results": sizes
+                | {"layers": report, "notes": notes, "tunings": tunings, "block_sparsities": sparsities},
             },
             scratch=SCRATCH,
         )
@@ -135,6 +139,7 @@ def compress(
     return CompressReport(
         path=output,
         mean_relative_error=sum(errors) / len(errors) if errors else None,
+        block_sparsities=None if sparsities is None else tuple(sparsities),
         linear_sparsity=sum(x["zeros"] for x in report) / sum(x["weights"] for x in report),
         seconds=time.monotonic() - space.started,
         notes=notes,

@@ -25,6 +25,8 @@ PROCESS_BYTES = 400_000_000
 """Of Python, PyTorch and transformers, before any weight is read."""
 BATCH_TOKENS = {"cpu": 2048, "cuda": 8192}
 """Tokens that go through a block at once: what fits a processor's caches, what fills a GPU."""
+ALLOCATION_WINDOWS = 8
+"""Of the calibration windows, those on which outliers are found."""
 _DISK_BYTES_PER_SECOND = 5e8
 
 
@@ -91,7 +93,10 @@ def estimate(job: Job, network: PreTrainedModel, blocks: Sequence[Block], *, win
     # what one batch holds at once, part of it in float32
     batch_bytes = batch * 4 * (6 * width + 2 * widest)
     walking, solving = 2 * outside_bytes + max(in_blocks) * item, block_bytes + solver
-    fixed = PROCESS_BYTES + batch_bytes + max(walking, solving)
+    allocates = section.allocation != "uniform"
+    # one block beside embeddings and head, a layer's weights twice in float32
+    allocating = outside_bytes + max(in_blocks) * item + 8 * max(o * i for block in shapes for o, i in block)
+    fixed = PROCESS_BYTES + batch_bytes + max(walking, solving, allocating if allocates else 0)
     hidden = tokens * width * item
     # in attention: what came in, normed, queries, keys, values, what comes out; in the MLP: its last layer's inputs
     suspended = tokens * item * max(6 * width, 3 * width + widest) if rule.needs_hessian else hidden
@@ -102,6 +107,8 @@ def estimate(job: Job, network: PreTrainedModel, blocks: Sequence[Block], *, win
     mismatches = 2 * hessians if full else 0
     runs = (1 if section.true_sequential or not rule.needs_hessian else 2) * (2 if full else 1)
     operations = 2.0 * linear * tokens * runs
+    if allocates:
+        operations += 2.0 * linear * min(windows, ALLOCATION_WINDOWS) * section.seqlen
     # a run up to each set of layers: of queries, of attention's output, of the MLP's first and last layers
     again = 1.4 * operations if rule.needs_hessian else 0
     solving_operations = _solver_operations(shapes, job) + hessians + mismatches
@@ -114,8 +121,8 @@ def estimate(job: Job, network: PreTrainedModel, blocks: Sequence[Block], *, win
         activation_bytes=int(suspended),
         hidden_bytes=int(hidden),
         checkpoint_bytes=int((parameters - linear) * item + linear * linear_bits / 8),
-        # once for their hash, once for their numbers
-        reads_bytes=2 * parameters * item,
+        # once for their hash, once for their numbers, once more for their outliers
+        reads_bytes=(3 if allocates else 2) * parameters * item,
         operations=operations,
         again_operations=again,
         solver_operations=solving_operations,

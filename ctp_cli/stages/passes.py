@@ -1,7 +1,7 @@
 """The work of a compression: every pass over the model, each block saved as it is done, and the tuning after them."""
 
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,8 +13,10 @@ from transformers import PreTrainedModel
 from ctp_cli.checkpoints import writer
 from ctp_cli.checkpoints.formats import LayerFormat
 from ctp_cli.checkpoints.hidden_states import save_hidden_states
+from ctp_cli.compression.allocation import allocate, outlier_share
 from ctp_cli.compression.blockwise import FullBlock, LayerResult, compress_block
 from ctp_cli.compression.hessian import all_finite
+from ctp_cli.compression.masks import MaskRule
 from ctp_cli.compression.solver import SolverRule
 from ctp_cli.compression.tuning import Tuned, tune
 from ctp_cli.errors import SolverError
@@ -34,11 +36,12 @@ from ctp_cli.models.loading import load_model
 from ctp_cli.models.processes import Processes
 from ctp_cli.models.streaming import BlockStream, WholeModel
 from ctp_cli.progress import Progress
-from ctp_cli.stages.estimate import BATCH_TOKENS
+from ctp_cli.stages.estimate import ALLOCATION_WINDOWS, BATCH_TOKENS
 from ctp_cli.stages.plan import Job
 
 _TUNED = "tuned.json"
-SCRATCH = ("*.layers", _TUNED)
+_SPARSITIES = "sparsities.json"
+SCRATCH = ("*.layers", _TUNED, _SPARSITIES)
 """Files beside the shards that only unfinished work needs."""
 _PRUNED = "pruned"
 
@@ -56,6 +59,8 @@ class Passes:
     processes: Processes
     """The main one writes; the others need to see the folder."""
     progress: Progress
+    sparsities: list[float] | None = field(default=None, init=False)
+    """Of each block, once `run` has found them; None: all are pruned alike."""
 
     @property
     def network(self) -> PreTrainedModel:
@@ -78,6 +83,8 @@ class Passes:
             keep_freed_memory()
         else:
             keep_no_freed_memory()  # else small tensors that stay lie between large ones: 0.5 GB after 30 wide blocks
+        if section.allocation == "owl":
+            self.sparsities = self._allocated(calibration_NT)
         tunings: list[dict[str, Any]] = []
         if section.tune_windows and not (folder / _TUNED).exists():
             if section.tune == "weights" and rule.mask is not None and rule.grid is not None:
@@ -99,6 +106,35 @@ class Passes:
         shutil.rmtree(folder / _PRUNED, ignore_errors=True)
         record = read_json(folder / _TUNED)
         return record["layers"], record["tunings"]
+
+    def _allocated(self, ids_NT: Tensor) -> list[float]:
+        """Every block's sparsity, measured on the uncompressed model and kept for work that goes on."""
+        record, processes = self.folder / _SPARSITIES, self.processes
+        if not processes.told(record.exists()):
+            few_NT = ids_NT[: -(-ALLOCATION_WINDOWS // processes.count)]
+            with fast_arithmetic():
+                shares = self._outlier_shares(few_NT)
+            weights = [sum(layer.weight_OI.numel() for layer in block.layers) for block in self.blocks]
+            assert isinstance(self.job.section.sparsity, float)
+            found = allocate(shares, weights, self.job.section.sparsity)
+            if processes.is_main:
+                write_json(record, {"sparsities": found})
+            processes.total(0)  # nobody reads before it is there
+        sparsities: list[float] = read_json(record)["sparsities"]
+        return sparsities
+
+    def _outlier_shares(self, ids_NT: Tensor) -> list[float]:
+        state = self._start_walk(ids_NT)
+        sets = _SharedInputs(state)
+        self.progress.start("find outliers", len(self.blocks))
+        shares = []
+        for block in self.blocks:
+            self.model.open(block)
+            shares.append(outlier_share(block, state, sets.of(block), self.processes))
+            self.progress.advance(note=f"share {shares[-1]:.3%}")
+        self.model.close()
+        self.progress.finish()
+        return shares
 
     def _prune_and_tune(self, folder: Path, calibration_NT: Tensor, tuning_NT: Tensor) -> dict[str, Any]:
         folder.mkdir(exist_ok=True)
@@ -138,14 +174,7 @@ class Passes:
         processes = self.processes
         if processes.is_main:
             writer.write_shard(folder / names.outside(), writer.outside_tensors(self.network, self.blocks))
-        batch = max(1, BATCH_TOKENS.get(ids_NT.device.type, 2048) // ids_NT.shape[1])
-        state = start_walk(
-            self.network,
-            self.blocks,
-            [(ids_BT, None) for ids_BT in ids_NT.split(batch)],
-            activations=self.activations,
-            open_block=self.model.open,
-        )
+        state = self._start_walk(ids_NT)
         self.model.forget_the_rest()
         self.progress.start("quantize" if rule.keep_zeros else "compress", len(self.blocks))
         report: list[dict[str, Any]] = []
@@ -173,7 +202,7 @@ class Passes:
                 results = compress_block(
                     block,
                     state,
-                    rule,
+                    self._rule_of(block, rule),
                     sets.of(block),
                     true_sequential=true_sequential,
                     full=full,
@@ -191,6 +220,21 @@ class Passes:
             save_hidden_states(folder, state.hidden_BTD)
         self.progress.finish()
         return report
+
+    def _start_walk(self, ids_NT: Tensor) -> WalkState:
+        batch = max(1, BATCH_TOKENS.get(ids_NT.device.type, 2048) // ids_NT.shape[1])
+        return start_walk(
+            self.network,
+            self.blocks,
+            [(ids_BT, None) for ids_BT in ids_NT.split(batch)],
+            activations=self.activations,
+            open_block=self.model.open,
+        )
+
+    def _rule_of(self, block: Block, rule: SolverRule) -> SolverRule:
+        if self.sparsities is None or rule.mask is None:
+            return rule
+        return replace(rule, mask=MaskRule(fraction=self.sparsities[block.index]))
 
     def _refuse_nan(self, block: Block, hidden_BTD: Tensors) -> None:
         if self.processes.total(sum(not all_finite(x_BTD) for x_BTD in hidden_BTD)):

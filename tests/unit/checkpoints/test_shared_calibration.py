@@ -26,7 +26,10 @@ def _run(*given: object) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("more", [(), ("--target", "full"), ("--no-true-sequential", "--pruner", "sparsegpt")])
+@pytest.mark.parametrize(
+    "more",
+    [(), ("--target", "full"), ("--no-true-sequential", "--pruner", "sparsegpt"), ("--allocation", "owl")],
+)
 def test_two_processes_make_the_checkpoint_of_one(trained: Path, tmp_path: Path, more: tuple[str, ...]) -> None:
     for processes in (1, 2):
         done = _run(processes, trained, tmp_path / str(processes), *more)
@@ -34,6 +37,8 @@ def test_two_processes_make_the_checkpoint_of_one(trained: Path, tmp_path: Path,
         assert done.stdout.count("compressed ") == 1  # said once, by the main process
     manifests = [manifest_of(tmp_path / name) or {} for name in "12"]
     assert [m["processes"] for m in manifests] == [1, 2]
+    sparsities = [m["results"]["block_sparsities"] for m in manifests]
+    assert sparsities[0] == (pytest.approx(sparsities[1], abs=1e-3) if "owl" in more else None)
     layers = [m["results"]["layers"] for m in manifests]
     for alone, shared in zip(*layers, strict=True):
         assert alone["calibration_tokens"] == shared["calibration_tokens"] == 9 * 128
