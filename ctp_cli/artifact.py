@@ -58,7 +58,8 @@ class Workspace:
     def finish(self, manifest: Mapping[str, Any], *, scratch: tuple[str, ...] = ()) -> Path:
         """Write `ctp.json`, flush everything, and rename the folder to its final name.
 
-        Files that match `scratch`, from which interrupted work goes on, are removed only after that.
+        Files that match `scratch`, from which interrupted work goes on, are removed in that order just before: after it
+        a kill could leave them in the finished artifact, and now it costs at worst the work.
         """
         scratch = (*scratch, IDENTITY)
         made = sorted(
@@ -85,6 +86,9 @@ class Workspace:
             if path.is_file():
                 with path.open("rb") as handle:
                     os.fsync(handle.fileno())
+        for pattern in scratch:
+            for path in self.path.glob(pattern):
+                path.unlink(missing_ok=True)
         replaced = None
         if self.output.exists():
             if not self.force:  # somebody made it while we worked
@@ -93,9 +97,6 @@ class Workspace:
             self.output.rename(replaced)
         self.path.rename(self.output)
         sync_folder(self.output.parent)
-        for pattern in scratch:
-            for path in self.output.glob(pattern):
-                path.unlink(missing_ok=True)
         if replaced is not None:
             shutil.rmtree(replaced)
         return self.output
@@ -203,8 +204,10 @@ def _open_partial(partial: Path, identity: dict[str, Any], *, force: bool) -> bo
     if partial.exists():
         before = read_json(partial / IDENTITY) if (partial / IDENTITY).exists() else None
         if before == identity:
+            (partial / MANIFEST).unlink(missing_ok=True)  # killed while finishing; it is no part of what it lists
             return True
-        if before is None and any(partial.iterdir()) and not force:
+        ended = (partial / MANIFEST).exists()  # killed on its way to the final name
+        if before is None and any(partial.iterdir()) and not ended and not force:
             raise OutputError(f"{partial} is there and was not made by ctp", hint="move it away, or use --force")
         if before is not None and not force:
             lines = "; ".join(differences(before, identity))

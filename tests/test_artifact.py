@@ -1,6 +1,7 @@
 """Artifacts: whole or absent, resumed only with the same identity, never overwritten by accident."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,39 @@ def test_unfinished_work_goes_on_only_with_the_same_identity(tmp_path: Path) -> 
         assert again.resumed and (again.path / "part").read_text() == "half"
         again.finish({})
     assert (tmp_path / "x" / "part").exists()
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("step", range(1, 6))
+def test_killed_while_finishing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """At the removal of each scratch file, at the rename, and after it: never scratch in what has its final name."""
+    left = iter(range(step - 1, -1, -1))
+
+    def deadly(call: Callable[..., object]) -> Callable[..., object]:
+        def counted(path: Path, *arguments: object, **options: object) -> object:
+            if (path.parent.name.startswith("x") or path.name.startswith("x")) and next(left) == 0:
+                raise Killed
+            return call(path, *arguments, **options)
+
+        return counted
+
+    def made() -> None:
+        with workspace(tmp_path / "x", kind="k", identity={"bits": 4}) as space:
+            for name in ("data", "one.layers", "two.layers", "state"):
+                (space.path / name).write_text("whole")
+            space.finish({}, scratch=("*.layers", "state"))
+
+    with pytest.raises(Killed), monkeypatch.context() as dying:
+        dying.setattr(Path, "unlink", deadly(Path.unlink))
+        dying.setattr(Path, "rename", deadly(Path.rename))
+        made()
+    assert not (tmp_path / "x").exists()
+    made()
+    assert sorted(p.name for p in (tmp_path / "x").iterdir()) == ["ctp.json", "data"]
+    assert read_json(tmp_path / "x" / "ctp.json")["files"] == {"data": 5}
 
 
 def test_existing_output_is_refused_and_force_replaces_it_at_the_end(tmp_path: Path) -> None:
