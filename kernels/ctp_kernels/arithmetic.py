@@ -5,8 +5,8 @@
 
 PyTorch's products of bfloat16 matrices are fast where the processor has instructions for them (AVX-512 at least).
 Elsewhere they take six to eight times as long as in float32, with gradients fifteen and more
-(`benchmarks/sixteen_bit.py`). Tensors stay 16-bit outside of the operation, so that memory, and what is rounded, stay as
-they were.
+(`benchmarks/sixteen_bit.py`). Tensors stay 16-bit outside of the operation, so that memory, and what is rounded, stay
+as they were.
 
 M=rows of a product I=in_features O=out_features
 """
