@@ -16,7 +16,7 @@ from transformers.cache_utils import Cache
 
 from ctp_cli.errors import InputError, NotFiniteError
 from ctp_cli.models.head import Scorer
-from ctp_cli.models.loading import decoder_embedding
+from ctp_cli.models.loading import check_ids
 from ctp_cli.progress import SILENT, Progress
 
 Convention = Literal["true", "paper"]
@@ -74,12 +74,7 @@ def perplexity(
             f"prompt and window together are {needed} tokens, the model has {limit} positions",
             hint=f"use --seqlen {windows_NT.shape[1] - (needed - limit)} or less",
         )
-    rows = decoder_embedding(model).num_embeddings
-    if int(windows_NT.max()) >= rows:
-        raise InputError(
-            f"the text holds token id {int(windows_NT.max())}, the model has {rows} embeddings",
-            hint="is the tokenizer that of this model?",
-        )
+    check_ids(windows_NT, model)
     scorer = Scorer(model)
     sums: list[Tensor] = []
     progress.start("perplexity", windows_NT.shape[0])

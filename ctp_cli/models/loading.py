@@ -298,6 +298,16 @@ def decoder_embedding(model: PreTrainedModel) -> nn.Embedding:
     return table
 
 
+def check_ids(ids: Tensor, model: PreTrainedModel) -> None:
+    """Raises InputError for token ids that have no row in the embedding table."""
+    rows = decoder_embedding(model).num_embeddings
+    if ids.numel() and int(ids.max()) >= rows:
+        raise InputError(
+            f"the text holds token id {int(ids.max())}, the model has {rows} embeddings",
+            hint="is the tokenizer that of this model?",
+        )
+
+
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
     """transformers' own bars and notes would cut through ours."""

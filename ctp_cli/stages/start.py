@@ -12,7 +12,7 @@ from ctp_cli.data.batches import Batches
 from ctp_cli.data.sources import Text
 from ctp_cli.data.windows import token_ids
 from ctp_cli.errors import InputError
-from ctp_cli.models.loading import decoder_embedding, load_tokenizer
+from ctp_cli.models.loading import check_ids, decoder_embedding, load_tokenizer
 from ctp_cli.models.resolve import ResolvedModel
 from ctp_cli.prompts.file import (
     PROMPT_FILE,
@@ -59,27 +59,39 @@ def start(
     """
     soft = section.method == "soft-prompt"
     earlier = _earlier(section, network, tokenizer, model)
-    if isinstance(earlier, KvPrefix) and soft:
-        raise InputError(f"{section.init} is a kv-prefix, which has no rows", hint="use --method kv-prefix")
-    beginning_PD = decoder_embedding(network)(text.beginning(section.tokens).to(network.device)).detach().float()
-    if isinstance(earlier, Prompt):
-        _check_size(section, earlier.embeddings[None], beginning_PD[None].cpu(), "embeddings")
-        if soft:
-            return earlier.embeddings
     if earlier is not None:
-        given_L2HPC = key_values_of(prefix_of(earlier, network, name=str(model.path))).float().cpu()
-        if isinstance(earlier, KvPrefix):
-            own_L2HPC = key_values_of(rows_prefix(beginning_PD, network)).float().cpu()
-            _check_size(section, given_L2HPC.flatten(0, 1), own_L2HPC.flatten(0, 1), "keys and values")
-        return given_L2HPC
+        return _start_from(earlier, section, network, text, model)
     if section.init is not None:
-        words_T = _repeated(token_ids(_words(section.init), tokenizer), section.tokens)
-        rows_PD = decoder_embedding(network)(words_T.to(network.device)).detach().float()
+        rows_PD = _embedded(network, _repeated(token_ids(_words(section.init), tokenizer), section.tokens))
     elif soft:
         return _random_start(section, network, tokenizer)
     else:
-        rows_PD = beginning_PD
+        rows_PD = _embedded(network, text.beginning(section.tokens))
     return (rows_PD if soft else key_values_of(rows_prefix(rows_PD, network)).float()).cpu()
+
+
+def _start_from(
+    earlier: AnyPrompt, section: LearnSection, network: PreTrainedModel, text: Batches, model: ResolvedModel
+) -> Tensor:
+    soft = section.method == "soft-prompt"
+    if soft and isinstance(earlier, KvPrefix):
+        raise InputError(f"{section.init} is a kv-prefix, which has no rows", hint="use --method kv-prefix")
+    own_PD = _embedded(network, text.beginning(section.tokens))
+    if isinstance(earlier, Prompt):
+        _check_size(section, earlier.embeddings[None], own_PD[None].cpu(), "embeddings")
+        if soft:
+            return earlier.embeddings
+    given_L2HPC = key_values_of(prefix_of(earlier, network, name=str(model.path))).float().cpu()
+    if isinstance(earlier, KvPrefix):
+        own_L2HPC = key_values_of(rows_prefix(own_PD, network)).float().cpu()
+        _check_size(section, given_L2HPC.flatten(0, 1), own_L2HPC.flatten(0, 1), "keys and values")
+    return given_L2HPC
+
+
+def _embedded(network: PreTrainedModel, ids_T: Tensor) -> Tensor:
+    check_ids(ids_T, network)
+    rows_TD: Tensor = decoder_embedding(network)(ids_T.to(network.device)).detach().float()
+    return rows_TD
 
 
 def _earlier(

@@ -56,6 +56,13 @@ def test_rows_are_measured_before_they_become_keys_and_values(tmp_path: Path) ->
         run(model, tmp_path / "new", init=str(tmp_path / "rows.safetensors"), method="kv-prefix")
 
 
+@pytest.mark.parametrize("init", [None, "text:be brief"])
+def test_tokens_that_have_no_row(init: str | None, tmp_path: Path) -> None:
+    model = tiny_model("llama", tmp_path / "model", vocab_size=16)
+    with pytest.raises(InputError, match=r"the text holds token id [0-9]+, the model has 16 embeddings"):
+        run(model, tmp_path / "new", init=init, method="kv-prefix")
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_learning_that_diverges_leaves_nothing(method: str, half: Path, tmp_path: Path) -> None:
     settings = {"method": method, "dtype": "checkpoint", "learning_rate": 1e6}
