@@ -202,12 +202,12 @@ def refuse_existing(output: Path, *, force: bool, reads: Path | None = None) -> 
 
 def _open_partial(partial: Path, identity: dict[str, Any], *, force: bool) -> bool:
     if partial.exists():
-        before = read_json(partial / IDENTITY) if (partial / IDENTITY).exists() else None
+        before = _identity_in(partial)
         if before == identity:
             (partial / MANIFEST).unlink(missing_ok=True)  # killed while finishing; it is no part of what it lists
+            write_json(partial / IDENTITY, identity)
             return True
-        ended = (partial / MANIFEST).exists()  # killed on its way to the final name
-        if before is None and any(partial.iterdir()) and not ended and not force:
+        if before is None and any(partial.iterdir()) and not force:
             raise OutputError(f"{partial} is there and was not made by ctp", hint="move it away, or use --force")
         if before is not None and not force:
             lines = "; ".join(differences(before, identity))
@@ -219,6 +219,14 @@ def _open_partial(partial: Path, identity: dict[str, Any], *, force: bool) -> bo
     partial.mkdir()
     write_json(partial / IDENTITY, identity)
     return False
+
+
+def _identity_in(partial: Path) -> Any:
+    """Of the work in it; killed just before it had its final name, its manifest alone says so. None: not known."""
+    if (partial / IDENTITY).exists():
+        return read_json(partial / IDENTITY)
+    manifest = read_json(partial / MANIFEST) if (partial / MANIFEST).exists() else None
+    return manifest.get("identity") if isinstance(manifest, dict) else None
 
 
 def differences(before: Any, now: Any, where: str = "") -> list[str]:

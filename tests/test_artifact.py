@@ -80,6 +80,13 @@ def test_killed_while_finishing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     assert read_json(tmp_path / "x" / "ctp.json")["files"] == {"data": 5}
 
 
+def test_a_whole_artifact_with_the_name_of_unfinished_work_is_not_thrown_away(tmp_path: Path) -> None:
+    make(tmp_path / "kept", identity={"bits": 3}).rename(tmp_path / "x.partial")
+    with pytest.raises(OutputError, match="bits was 3, is 4"):
+        make(tmp_path / "x", identity={"bits": 4})
+    assert sorted(p.name for p in (tmp_path / "x.partial").iterdir()) == ["ctp.json", "data"]
+
+
 def test_existing_output_is_refused_and_force_replaces_it_at_the_end(tmp_path: Path) -> None:
     make(tmp_path / "x")
     with pytest.raises(OutputError, match="exists"):
