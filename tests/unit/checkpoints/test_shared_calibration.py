@@ -38,7 +38,7 @@ def test_two_processes_make_the_checkpoint_of_one(trained: Path, tmp_path: Path,
     manifests = [manifest_of(tmp_path / name) or {} for name in "12"]
     assert [m["processes"] for m in manifests] == [1, 2]
     sparsities = [m["results"]["block_sparsities"] for m in manifests]
-    assert sparsities[0] == (pytest.approx(sparsities[1], abs=1e-3) if "owl" in more else None)
+    assert sparsities[0] == (pytest.approx(sparsities[1], abs=1e-4) if "owl" in more else None)
     layers = [m["results"]["layers"] for m in manifests]
     for alone, shared in zip(*layers, strict=True):
         assert alone["calibration_tokens"] == shared["calibration_tokens"] == 9 * 128
