@@ -1,9 +1,10 @@
 """Learning a prompt by ctp and by PEFT: tokens per second, peak memory and loss, side by side.
 
     python benchmarks/learning.py MODEL TEXT [--rounds 3] [--steps 8] [--batch 4] [--seqlen 512] [--tokens 100]
+        [--dtype float32]
 
-Same model (a dense checkpoint, bfloat16), batches, start, learning rates and clipping; each in a process of its own, in
-turn, so that a machine that slows down slows all of them. The first step of each is left out of its time.
+Same model (a dense checkpoint, in bfloat16 or float32), batches, start, learning rates and clipping; each in a process
+of its own, in turn, so that a machine that slows down slows all of them. Each one's first step is left out of its time.
 """
 
 import argparse
@@ -34,6 +35,7 @@ def main() -> None:
     parser.add_argument("text")
     for name, default in {"rounds": 3, "steps": 8, "batch": 4, "seqlen": 512, "tokens": 100}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the frozen model")
     given = parser.parse_args()
     path = resolve_model(given.model).path
     runs: dict[str, list[dict[str, Any]]] = {who: [] for who in WHO}
@@ -43,7 +45,8 @@ def main() -> None:
         for turn in range(given.rounds):
             for who in WHO:
                 script = str(Path(__file__).parent / "peers" / "learning.py")
-                subprocess.run([sys.executable, script, who, str(path), str(batches), "--out", str(out)], check=True)
+                command = [sys.executable, script, who, str(path), str(batches), "--dtype", given.dtype]
+                subprocess.run([*command, "--out", str(out)], check=True)
                 runs[who].append(json.loads(out.read_text()))
                 print(f"round {turn + 1}: {who}: {runs[who][-1]}", file=sys.stderr, flush=True)
     print("| by | tokens/s (min-max over rounds) | rate, ctp = 1 | peak memory, GB | loss of the steps |")

@@ -1,6 +1,6 @@
 """Learn a prompt in a process of its own and say, as one line of JSON, how long each step took and what it cost.
 
-    python learning.py WHO MODEL BATCHES --out FILE
+    python learning.py WHO MODEL BATCHES --dtype float32 --out FILE
 
 WHO is ctp; peft-loop: PEFT prompt tuning in the plain loop of its documentation; peft-trainer: the same in
 transformers' Trainer. BATCHES is a safetensors file: ids (steps, B, T), start (P, D).
@@ -20,18 +20,17 @@ from transformers import AutoModelForCausalLM
 RATE, CLIP = 1e-2, 1.0
 
 
-def ctp(model_path: Path, batches_SBT: torch.Tensor, start_PD: torch.Tensor) -> tuple[list[float], list[float]]:
+def ctp(network: Any, batches_SBT: torch.Tensor, start_PD: torch.Tensor) -> tuple[list[float], list[float]]:
     from accelerate import Accelerator
 
     from ctp_cli.data.batches import WholeText
-    from ctp_cli.models.loading import load_model
     from ctp_cli.models.sharding import Frozen
     from ctp_cli.prompts import training
     from ctp_cli.prompts.losses import SoftPromptLoss
 
     steps, batch, seqlen = batches_SBT.shape
     settings = training.LearningSettings(steps, None, batch, (RATE,), 0.0, CLIP, 0.0, 10**9, 10**9, 0)
-    module = SoftPromptLoss([Frozen(load_model(model_path))], start_PD)
+    module = SoftPromptLoss([Frozen(network.requires_grad_(False))], start_PD)
     state = training.Progressing(start_PD.clone(), start_PD.clone(), planned_steps=steps, learning_rate=RATE)
     batches = WholeText(batches_SBT.flatten(), seqlen, batch, seed=0)
     object.__setattr__(batches, "at", lambda step: batches_SBT[step])
@@ -39,8 +38,8 @@ def ctp(model_path: Path, batches_SBT: torch.Tensor, start_PD: torch.Tensor) -> 
     return timed(loop.step, steps)
 
 
-def peft_loop(model_path: Path, batches_SBT: torch.Tensor, start_PD: torch.Tensor) -> tuple[list[float], list[float]]:
-    model = peft_model(model_path, start_PD)
+def peft_loop(network: Any, batches_SBT: torch.Tensor, start_PD: torch.Tensor) -> tuple[list[float], list[float]]:
+    model = peft_model(network, start_PD)
     learnable = [p for p in model.parameters() if p.requires_grad]
     steps = len(batches_SBT)
     optimizer = torch.optim.AdamW(learnable, lr=RATE, weight_decay=0.0)
@@ -59,15 +58,13 @@ def peft_loop(model_path: Path, batches_SBT: torch.Tensor, start_PD: torch.Tenso
     return timed(step, steps)
 
 
-def peft_trainer(
-    model_path: Path, batches_SBT: torch.Tensor, start_PD: torch.Tensor
-) -> tuple[list[float], list[float]]:
+def peft_trainer(network: Any, batches_SBT: torch.Tensor, start_PD: torch.Tensor) -> tuple[list[float], list[float]]:
     import tempfile
 
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
     steps, batch, seqlen = batches_SBT.shape
-    model = peft_model(model_path, start_PD)
+    model = peft_model(network, start_PD)
     times: list[float] = []
 
     class Clock(TrainerCallback):
@@ -99,12 +96,11 @@ def peft_trainer(
     return times, [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
-def peft_model(model_path: Path, start_PD: torch.Tensor) -> Any:
+def peft_model(network: Any, start_PD: torch.Tensor) -> Any:
     from peft import PromptTuningConfig, get_peft_model
 
-    base = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.bfloat16)
     config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=start_PD.shape[0])
-    model = get_peft_model(base, config)
+    model = get_peft_model(network, config)
     with torch.no_grad():
         model.prompt_encoder["default"].embedding.weight.copy_(start_PD)
     return model
@@ -134,11 +130,13 @@ def main() -> None:
     parser.add_argument("who", choices=("ctp", "peft-loop", "peft-trainer"))
     parser.add_argument("model", type=Path)
     parser.add_argument("batches", type=Path)
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
     held = load_file(given.batches)
     who = {"ctp": ctp, "peft-loop": peft_loop, "peft-trainer": peft_trainer}[given.who]
-    times, losses = who(given.model, held["ids"], held["start"])
+    network = AutoModelForCausalLM.from_pretrained(given.model, dtype=getattr(torch, given.dtype))
+    times, losses = who(network, held["ids"], held["start"])
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     given.out.write_text(json.dumps({"times": times, "losses": losses, "peak_bytes": peak}))
 
