@@ -58,7 +58,7 @@ class Memory:
         axes.axhline(float(estimated.split()[0]) / 1e3, color="C3", linestyle="--", label="estimated by --dry-run")
         axes.vlines(shards, 0, 0.15, color="0.4", linewidth=0.8, label="a block is written")
         axes.set(xlabel="seconds", ylabel="GB", ylim=(0, None))
-        axes.legend(fontsize="small")
+        axes.figure.legend(loc="outside upper center", ncols=4, fontsize="small")
         axes.figure.savefig(figure, dpi=120)
 
 
