@@ -1,5 +1,6 @@
 """The only module that prints. Results go to stdout; progress, notes, warnings and errors to stderr."""
 
+import io
 import json
 import logging
 import shlex
@@ -93,7 +94,11 @@ class Console:
 
 
 def _plain_console(file: IO[str]) -> RichConsole:
-    """Names of folders and texts are shown as they are: `[x]` is no style, `:ok:` no emoji."""
+    """Names of folders and texts are shown as they are: `[x]` is no style, `:ok:` no emoji. What the stream's encoding
+    does not have is written as its number: a result is not lost for a sign in its table.
+    """
+    if isinstance(file, io.TextIOWrapper) and file.errors == "strict":
+        file.reconfigure(errors="backslashreplace")
     return RichConsole(file=file, highlight=False, soft_wrap=True, markup=False, emoji=False)
 
 

@@ -3,6 +3,7 @@
 import io
 import re
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,18 @@ def test_names_in_tables_and_bars_are_neither_styles_nor_emoji(capsys: pytest.Ca
     wide.print(bar._bar.get_renderable())
     bar.finish()
     assert wide.file.getvalue().count(name) == 2  # type: ignore[attr-defined]
+
+
+def test_a_result_reaches_a_stream_that_lacks_its_signs(monkeypatch: pytest.MonkeyPatch) -> None:
+    for encoding in ("ascii", "latin-1"):
+        raw = io.BytesIO()
+        monkeypatch.setattr("sys.stdout", io.TextIOWrapper(raw, encoding=encoding))
+        console = Console()
+        console.table("perplexity", ("", "\N{GREEK SMALL LETTER PI}"), [("a", "1.00 ± 0.50")])
+        console.result("runs/\N{GREEK SMALL LETTER PI}")
+        sys.stdout.flush()
+        assert "1.00 ± 0.50".encode(encoding, "backslashreplace") in raw.getvalue()
+        assert b"runs/\\u03c0" in raw.getvalue()
 
 
 def test_the_next_command_is_one_that_a_shell_takes(model: Path, place: Path) -> None:
