@@ -186,10 +186,14 @@ def _empty(folder: Path) -> None:
             path.unlink()
 
 
-def refuse_existing(output: Path, *, force: bool, reads: Path | None = None) -> None:
-    """Also with `force`, only what ctp itself made is ever replaced: a model's own folder or a file never is."""
-    if reads is not None and output.resolve() == reads.resolve():
-        raise OutputError(f"{output} is what is to be read", hint="choose another name with -o")
+def refuse_existing(output: Path, *reads: Path | None, force: bool) -> None:
+    """Also with `force`, only what ctp itself made is ever replaced: never a model's own folder or a file, nor what
+    holds one of `reads`, the inputs.
+    """
+    for one in reads:
+        if one is not None and one.resolve().is_relative_to(output.resolve()):
+            what = "is what is to be read" if one.resolve() == output.resolve() else f"holds {one}, which is to be read"
+            raise OutputError(f"{output} {what}", hint="choose another name with -o")
     if not output.name:
         raise OutputError(f"{output} is no name for an output", hint="choose a name with -o")
     if output.exists() and not force:

@@ -1,10 +1,13 @@
 """The only module that prints. Results go to stdout; progress, notes, warnings and errors to stderr."""
 
+import io
 import json
 import logging
+import shlex
 import sys
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from pathlib import Path
+from typing import IO, Any, ClassVar
 
 from rich.console import Console as RichConsole
 from rich.progress import (
@@ -31,27 +34,26 @@ class Console:
     def __init__(self, *, quiet: bool = False, json_mode: bool = False) -> None:
         self.quiet = quiet
         self.json_mode = json_mode
-        self._out = RichConsole(file=sys.stdout, highlight=False, soft_wrap=True)
-        self._err = RichConsole(file=sys.stderr, highlight=False, soft_wrap=True)
+        self._out, self._err = _plain_console(sys.stdout), _plain_console(sys.stderr)
 
     def note(self, line: str) -> None:
         """One line about what is going on."""
         if not self.quiet:
-            self._err.print(line, markup=False)
+            self._err.print(line)
 
-    def next_step(self, command: str) -> None:
-        """The command a user most likely wants to type now."""
+    def next_step(self, *command: str | Path) -> None:
+        """The command a user most likely wants to type now, its words as a shell takes them."""
         if not self.quiet:
-            self._err.print(f"next: {command}", markup=False, style="dim")
+            self._err.print(f"next: {shlex.join(map(str, command))}", style="dim")
 
     def warning(self, line: str) -> None:
         if not self.quiet:
-            self._err.print(f"warning: {line}", markup=False, style="yellow")
+            self._err.print(f"warning: {line}", style="yellow")
 
     def error(self, error: CtpError) -> None:
-        self._err.print(f"error: {_plain(error.message)}", markup=False, style="bold red")
+        self._err.print(f"error: {_plain(error.message)}", style="bold red")
         if error.hint:
-            self._err.print(f"hint: {_plain(error.hint)}", markup=False)
+            self._err.print(f"hint: {_plain(error.hint)}")
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], caption: str = "") -> None:
         """A result table on stdout; numbers arrive as text, already rounded by whoever knows their units."""
@@ -70,7 +72,7 @@ class Console:
     def result(self, line: str) -> None:
         """One line of result on stdout, e.g. the path of what was made."""
         if not self.json_mode:
-            self._out.print(line, markup=False)
+            self._out.print(line)
 
     def document(self, kind: str, payload: dict[str, Any]) -> None:
         """With --json, the one document of this command; otherwise nothing."""
@@ -89,6 +91,15 @@ class Console:
         logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
         logging.getLogger("ctp_cli").setLevel(level)
         logging.getLogger("ctp_kernels").setLevel(level)
+
+
+def _plain_console(file: IO[str]) -> RichConsole:
+    """Names of folders and texts are shown as they are: `[x]` is no style, `:ok:` no emoji. What the stream's encoding
+    does not have is written as its number: a result is not lost for a sign in its table.
+    """
+    if isinstance(file, io.TextIOWrapper) and file.errors == "strict":
+        file.reconfigure(errors="backslashreplace")
+    return RichConsole(file=file, highlight=False, soft_wrap=True, markup=False, emoji=False)
 
 
 def _plain(message: str) -> str:
@@ -117,12 +128,12 @@ class BarProgress:
     def start(self, description: str, total: int) -> None:
         self.finish()
         self._bar = RichProgress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
+            TextColumn("{task.fields[note]}", markup=False),
             console=self._console,
             transient=True,
         )
@@ -139,7 +150,7 @@ class BarProgress:
             self._bar = self._task = None
 
     def say(self, line: str) -> None:
-        self._console.print(line, markup=False)
+        self._console.print(line)
 
 
 class LineProgress:

@@ -93,6 +93,20 @@ class Section(BaseModel):
                 raise ValueError("a text without NUL characters and half surrogate pairs is needed")
         return value
 
+    def without_effect(self) -> list[str]:
+        """What was changed from its default and changes nothing beside the other settings: 'NAME without OTHER'."""
+        return [
+            f"{name} without {needed}"
+            for needed, (given, names) in self._effects().items()
+            if not given
+            for name in names
+            if getattr(self, name) != type(self).model_fields[name].default
+        ]
+
+    def _effects(self) -> dict[str, tuple[bool, tuple[str, ...]]]:
+        """What is needed, whether it is given, and the settings that have no effect without it."""
+        return {}
+
 
 class CompressSection(Section):
     """`ctp compress`: what is pruned, what is quantized, how, and on which text."""
@@ -161,6 +175,22 @@ class CompressSection(Section):
         if self.act_order in ("column", "static") and isinstance(self.sparsity, str):
             raise ValueError(f"act_order {self.act_order} tears n:m blocks apart: use group or none")
         return self
+
+    def _effects(self) -> dict[str, tuple[bool, tuple[str, ...]]]:
+        prunes, quantizes, tunes = self.sparsity is not None, self.bits is not None, self.tune_windows > 0
+        gptq = quantizes and self.quantizer == "gptq"
+        sparsegpt = prunes and self.pruner == "sparsegpt"
+        effects = {
+            "sparsity": (prunes, ("pruner", "rounds")),
+            "bits": (quantizes, ("group_size", "symmetric", "mse_clip", "quantizer", "refine")),
+            "tune_windows": (tunes, ("tune", "tune_learning_rate")),
+            "quantizer gptq or pruner sparsegpt": (gptq or sparsegpt, ("act_order",)),
+        }
+        if prunes:
+            effects["pruner alternating"] = self.pruner == "alternating", ("rounds",)
+        if quantizes:
+            effects["quantizer gptq"] = gptq, ("refine",)
+        return effects
 
     @property
     def stored_as(self) -> str:
@@ -241,6 +271,12 @@ class LearnSection(Section):
         if self.shard and (self.packed or self.gradient_checkpointing):
             raise ValueError("shard holds dense weights in parts: leave out packed and gradient_checkpointing")
         return self
+
+    def _effects(self) -> dict[str, tuple[bool, tuple[str, ...]]]:
+        return {
+            "teacher": (self.teacher is not None, ("teacher_share", "teacher_tokens")),
+            "stream": (self.stream, ("shuffle_buffer",)),
+        }
 
 
 class StitchSection(Section):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ctp_cli import artifact
-from ctp_cli.data.sources import known_names, split_spec
+from ctp_cli.data.sources import file_of, known_names, split_spec
 from ctp_cli.data.streams import open_stream
 from ctp_cli.errors import GateFailedError, OutputError
 from ctp_cli.files import read_json
@@ -253,7 +253,9 @@ class _Builder:
 def _place_key(place: str) -> str:
     """As `_text_key`, of a prompt or model: a file, a folder, or a name."""
     path = Path(place)
-    return artifact.folder_fingerprint(path) if path.is_dir() else str(_text_key(place))
+    if path.is_dir():
+        return artifact.folder_fingerprint(path)
+    return artifact.file_fingerprint(path) if path.is_file() else place
 
 
 def _stream_key(spec: str | None) -> str | None:
@@ -267,7 +269,5 @@ def _text_key(spec: str | None) -> str | None:
     """A local file's content is part of what a step depends on; a named text is known by its name."""
     if spec is None:
         return None
-    path = spec.partition("=")[2] or spec
-    candidates = [Path(path), Path(path.rpartition(":")[0] or path)]
-    found = next((candidate for candidate in candidates if candidate.is_file()), None)
-    return spec if found is None else artifact.file_fingerprint(found)
+    file = file_of(spec)
+    return spec if file is None else artifact.file_fingerprint(file)

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from ctp_cli.commands.common import Device, Force, Json, Output, Quiet, newest_or, reports_errors
+from ctp_cli.commands.common import Device, Force, Json, Output, Quiet, newest_or, reports_errors, shows_defaults
 from ctp_cli.commands.compress import EMBEDDED
 from ctp_cli.console import Console
 from ctp_cli.errors import RecipeError
@@ -13,6 +13,7 @@ from ctp_cli.recipe import BenchSection, build
 
 
 @reports_errors
+@shows_defaults(BenchSection)
 def bench(
     model: Annotated[str | None, typer.Argument(help="Checkpoint; the newest one here by default.")] = None,
     prompt_len: Annotated[str | None, typer.Option(help="Prompt lengths, comma separated.")] = None,
@@ -67,6 +68,10 @@ def bench(
             "packed": packed,
         }
         _refuse({**given, "max-latency-ms": max_latency_ms}, "not with --kernels, which times layers and no model")
+        if explain:
+            _refuse(
+                {"rounds": rounds, "output": output, "tune": tune or None}, "not with --explain, which times nothing"
+            )
         _kernels(console, section, model, output=output, force=force, device=device, tune=tune, explain=explain)
         return
     _refuse({"tune": tune or None, "explain": explain or None}, "only with --kernels")

@@ -6,21 +6,27 @@ import functools
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, ParamSpec
+from typing import Annotated, Any, ParamSpec, get_type_hints
 
 import typer
 
 from ctp_cli import artifact
 from ctp_cli.console import BarProgress, Console
 from ctp_cli.errors import CtpError, UnfinishedError, is_out_of_memory
+from ctp_cli.recipe import Section
 
 Given = ParamSpec("Given")
 
 DEBUG_VARIABLE = "CTP_DEBUG"
 
-Output = Annotated[Path | None, typer.Option("-o", "--output", help="Folder to make.", rich_help_panel="Output")]
+Output = Annotated[
+    Path | None,
+    typer.Option(
+        "-o", "--output", help="Folder to make; its name follows from MODEL's otherwise.", rich_help_panel="Output"
+    ),
+]
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing output.", rich_help_panel="Output")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.", rich_help_panel="Output")]
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Only results and errors.", rich_help_panel="Output")]
@@ -36,6 +42,28 @@ DryRun = Annotated[
 
 INTERRUPTED, TERMINATED = 130, 143
 _GO_ON = "finished parts are kept: run the same command again to go on"
+
+
+def shows_defaults(section: type[Section]) -> Callable[[Callable[Given, None]], Callable[Given, None]]:
+    """Help says the defaults of `section`, which the options of the same names do not hold themselves."""
+
+    def shown(command: Callable[Given, None]) -> Callable[Given, None]:
+        hints = get_type_hints(command, include_extras=True)
+        for name, field in section.model_fields.items():
+            if name in hints and field.default is not None and field.default != ():
+                (option,) = hints[name].__metadata__
+                option.show_default = _default_text(name, field.default, option.param_decls or ())
+        return command
+
+    return shown
+
+
+def _default_text(name: str, default: Any, declared: Sequence[str]) -> str:
+    if isinstance(default, bool):
+        flag = name.replace("_", "-")
+        both = next((d for d in declared if "/" in d), f"--{flag}/--no-{flag}")
+        return both.split("/")[0 if default else 1].removeprefix("--")
+    return ",".join(map(str, default)) if isinstance(default, tuple) else str(default)
 
 
 def reports_errors(command: Callable[Given, None]) -> Callable[Given, None]:
@@ -136,6 +164,12 @@ def _disk_is_full(error: BaseException | None) -> bool:
             return True
         error = error.__cause__ or error.__context__
     return False
+
+
+def note_without_effect(console: Console, *sections: Section | None) -> None:
+    for section in sections:
+        for line in section.without_effect() if section is not None else ():
+            console.note(f"note: no effect: {line}")
 
 
 def newest_or(kinds: tuple[str, ...], fallback: str, console: Console) -> str:

@@ -8,7 +8,18 @@ from typing import Annotated
 import typer
 
 from ctp_cli.artifact import refuse_existing
-from ctp_cli.commands.common import Device, DryRun, Force, Json, Output, Quiet, follows, reports_errors
+from ctp_cli.commands.common import (
+    Device,
+    DryRun,
+    Force,
+    Json,
+    Output,
+    Quiet,
+    follows,
+    note_without_effect,
+    reports_errors,
+    shows_defaults,
+)
 from ctp_cli.console import Console, size_text, time_text
 from ctp_cli.errors import RecipeError
 from ctp_cli.models.embedded import NAME
@@ -20,6 +31,7 @@ WHAT, HOW, TEXT = "What to compress", "How", "Calibration text"
 
 
 @reports_errors
+@shows_defaults(CompressSection)
 def compress(
     model: Annotated[str | None, typer.Argument(help=f"Folder, hub id, or {EMBEDDED} (the default).")] = None,
     sparsity: Annotated[
@@ -31,7 +43,12 @@ def compress(
         typer.Option(help="auto, gptq, compressed-tensors, ctp or dense; or several: gptq,ctp.", rich_help_panel=WHAT),
     ] = None,
     group_size: Annotated[str | None, typer.Option(help="auto, row, or inputs per scale.", rich_help_panel=HOW)] = None,
-    symmetric: Annotated[bool | None, typer.Option("--symmetric/--asymmetric", rich_help_panel=HOW)] = None,
+    symmetric: Annotated[
+        bool | None,
+        typer.Option(
+            "--symmetric/--asymmetric", help="Zero in the middle of the grid, or anywhere.", rich_help_panel=HOW
+        ),
+    ] = None,
     mse_clip: Annotated[
         bool | None, typer.Option(help="Clip each group's range by least error.", rich_help_panel=HOW)
     ] = None,
@@ -49,7 +66,9 @@ def compress(
     tune: Annotated[
         str | None, typer.Option(help="weights (then scales), or scales only (less memory).", rich_help_panel=HOW)
     ] = None,
-    tune_learning_rate: Annotated[float | None, typer.Option(rich_help_panel=HOW)] = None,
+    tune_learning_rate: Annotated[
+        float | None, typer.Option(help="Relative to the size of what is tuned.", rich_help_panel=HOW)
+    ] = None,
     dampening: Annotated[float | None, typer.Option(help="Share of mean diag(H).", rich_help_panel=HOW)] = None,
     pruner: Annotated[
         str | None, typer.Option(help="alternating, sparsegpt, wanda or magnitude.", rich_help_panel=HOW)
@@ -64,12 +83,20 @@ def compress(
         int | None, typer.Option(help="Sweeps over GPTQ's codes, each made the best.", rich_help_panel=HOW)
     ] = None,
     calibration: Annotated[
-        str | None, typer.Option(help="pydoc, c4, wikitext2, ptb, or FILE[:COLUMN].", rich_help_panel=TEXT)
+        str | None,
+        typer.Option(
+            help=f"pydoc (of {EMBEDDED} the default), c4 (of others), wikitext2, ptb, or FILE[:COLUMN].",
+            rich_help_panel=TEXT,
+        ),
     ] = None,
     windows: Annotated[int | None, typer.Option(help="Number of windows.", rich_help_panel=TEXT)] = None,
     seqlen: Annotated[int | None, typer.Option(help="Tokens per window.", rich_help_panel=TEXT)] = None,
     max_memory: Annotated[
-        str | None, typer.Option(help="4GB: past it, hidden states go to files.", rich_help_panel=HOW)
+        str | None,
+        typer.Option(
+            help="For the whole process, e.g. 4GB: past it, hidden states go to files. No limit by default.",
+            rich_help_panel=HOW,
+        ),
     ] = None,
     output: Output = None,
     force: Force = False,
@@ -89,7 +116,7 @@ def compress(
     torchrun --nproc-per-node 2 -m ctp_cli compress path/to/llama --bits 4   # shares the calibration
     """
     console = Console(quiet=quiet or follows(), json_mode=json)
-    first, *others = format.split(",") if format else [None]
+    first, *others = _formats(format)
     sections = [
         build(
             CompressSection,
@@ -121,6 +148,7 @@ def compress(
         for one in (first, *others)
     ]
     section = sections[0]
+    note_without_effect(console, section)
     if others and (section.format == "dense" or section.bits is None):
         raise RecipeError(
             "compress.format: of several formats the first must be one of quantized weights",
@@ -138,9 +166,11 @@ def compress(
     path = output or Path(stage.output_name(resolved, section))
     beside = {one: path.with_name(f"{path.name}-{one}") for one in others if one is not None}
     for extra in beside.values():
-        refuse_existing(extra, force=force, reads=resolved.path)
+        refuse_existing(extra, resolved.path, force=force)
     if dry_run:
         plan = stage.dry_run(section, model=resolved, output=path, force=force)
+        if beside:
+            plan["also, not counted"] = ", ".join(map(str, beside.values()))
         console.document("compress-plan", plan)
         console.table("would compress", ("", ""), [(key, str(value)) for key, value in plan.items()])
         return
@@ -177,7 +207,15 @@ def compress(
     console.document("compress", asdict(report) | {"path": str(report.path), "also": also})
     for made in (str(report.path), *also):
         console.result(made)
-    console.next_step(f"ctp learn {report.path} --max-time 10m")
+    console.next_step("ctp", "learn", report.path, "--max-time", "10m")
+
+
+def _formats(given: str | None) -> list[str | None]:
+    """Of a list none may be auto, which could be any of the others, and none may come twice."""
+    formats: list[str | None] = [one.strip() for one in given.split(",")] if given else [None]
+    if len(formats) > 1 and ("auto" in formats or len(set(formats)) < len(formats)):
+        raise RecipeError(f"--format {given}: of several formats each is named, once", hint="e.g. --format gptq,ctp")
+    return formats
 
 
 def _zeros_text(share: float, of_blocks: Sequence[float] | None) -> str:

@@ -48,4 +48,4 @@ def convert(
     console.table("weight files", ("", ""), rows)
     console.document("convert", asdict(report) | {"path": str(report.path)})
     console.result(str(report.path))
-    console.next_step(f"ctp eval {report.path}")
+    console.next_step("ctp", "eval", report.path)

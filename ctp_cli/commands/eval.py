@@ -6,13 +6,14 @@ from typing import Annotated, Any
 
 import typer
 
-from ctp_cli.commands.common import Device, Force, Json, Output, Quiet, newest_or, reports_errors
+from ctp_cli.commands.common import Device, Force, Json, Quiet, newest_or, reports_errors, shows_defaults
 from ctp_cli.commands.compress import EMBEDDED
 from ctp_cli.console import Console
 from ctp_cli.recipe import EvalSection, build
 
 
 @reports_errors
+@shows_defaults(EvalSection)
 def evaluate(
     models: Annotated[
         list[str] | None, typer.Argument(help="Checkpoints; the newest one here by default.", metavar="MODEL")
@@ -23,7 +24,10 @@ def evaluate(
     ] = None,
     ppl: Annotated[
         str | None,
-        typer.Option(help="Texts, comma separated: c4, wikitext2, ptb, pydoc:test, [LABEL=]FILE[:COLUMN]."),
+        typer.Option(
+            help=f"Texts, comma separated: pydoc:test (of {EMBEDDED} the default), c4 (of others), wikitext2, ptb, "
+            "[LABEL=]FILE[:COLUMN]."
+        ),
     ] = None,
     seqlen: Annotated[int | None, typer.Option(help="Tokens per window.")] = None,
     windows: Annotated[int | None, typer.Option(help="At most so many windows of each text.")] = None,
@@ -35,7 +39,12 @@ def evaluate(
         bool | None, typer.Option("--packed/--no-packed", help="Keep quantized weights packed in memory.")
     ] = None,
     max_ppl: Annotated[float | None, typer.Option(help="Exit with 4 if any perplexity is above.")] = None,
-    output: Output = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "-o", "--output", help="Folder to make for the scores; by default none.", rich_help_panel="Output"
+        ),
+    ] = None,
     force: Force = False,
     device: Device = "auto",
     json: Json = False,
@@ -73,7 +82,7 @@ def evaluate(
         resolved = resolve_model(name, progress)
         targets.append(stage.Target(_unused(resolved.name, targets), resolved))
         for path in prompt or []:
-            label = f"{resolved.name} + {path.parent.name or path.stem if path.suffix else path.name}"
+            label = f"{resolved.name} + {_prompt_name(path)}"
             targets.append(stage.Target(_unused(label, targets), resolved, path))
     report = stage.evaluate(
         section, targets=targets, output=output, device=resolve_device(device), force=force, progress=progress
@@ -83,6 +92,14 @@ def evaluate(
     if output is not None:
         console.result(str(output))
     stage.check_gate(section, report)
+
+
+def _prompt_name(path: Path) -> str:
+    """Of a prompt's folder, which may be given by the file in it; a file of another name stands for itself."""
+    whole = path.resolve()
+    if whole.is_dir():
+        return whole.name
+    return whole.parent.name if path.parent.name else path.stem
 
 
 def _unused(label: str, targets: Sequence[Any]) -> str:

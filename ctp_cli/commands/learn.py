@@ -6,7 +6,18 @@ from typing import Annotated
 
 import typer
 
-from ctp_cli.commands.common import Device, Force, Json, Output, Quiet, follows, newest_or, reports_errors
+from ctp_cli.commands.common import (
+    Device,
+    Force,
+    Json,
+    Output,
+    Quiet,
+    follows,
+    newest_or,
+    note_without_effect,
+    reports_errors,
+    shows_defaults,
+)
 from ctp_cli.commands.compress import EMBEDDED
 from ctp_cli.console import Console, time_text
 from ctp_cli.recipe import LearnSection, build
@@ -15,6 +26,7 @@ LENGTH, TRAINING, TEXT = "How long", "Training", "Text"
 
 
 @reports_errors
+@shows_defaults(LearnSection)
 def learn(
     models: Annotated[
         list[str] | None,
@@ -24,14 +36,21 @@ def learn(
     ] = None,
     method: Annotated[str | None, typer.Option(help="soft-prompt or kv-prefix.", rich_help_panel=TRAINING)] = None,
     init: Annotated[
-        str | None, typer.Option(help="Start from text:WORDS, or an earlier prompt's file.", rich_help_panel=TRAINING)
+        str | None,
+        typer.Option(
+            help="Start from text:WORDS or an earlier prompt, not random rows (kv-prefix: the text's beginning).",
+            rich_help_panel=TRAINING,
+        ),
     ] = None,
     tokens: Annotated[
         int | None, typer.Option(help="Rows of the prompt (num_virtual_tokens).", rich_help_panel=TRAINING)
     ] = None,
-    steps: Annotated[int | None, typer.Option(help="Optimizer steps.", rich_help_panel=LENGTH)] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Optimizer steps; as many as fit --max-time by default.", rich_help_panel=LENGTH)
+    ] = None,
     max_time: Annotated[
-        str | None, typer.Option(help="Instead of steps: 90s, 30m, 1.5h.", rich_help_panel=LENGTH)
+        str | None,
+        typer.Option(help="Of learning: 90s, 30m, 1.5h. Without --steps 30m by default.", rich_help_panel=LENGTH),
     ] = None,
     patience: Annotated[
         int | None, typer.Option(help="Validations without gain before stopping.", rich_help_panel=LENGTH)
@@ -39,7 +58,13 @@ def learn(
     batch_size: Annotated[int | None, typer.Option(help="Sequences per step.", rich_help_panel=TRAINING)] = None,
     seqlen: Annotated[int | None, typer.Option(help="Text tokens per sequence.", rich_help_panel=TRAINING)] = None,
     learning_rate: Annotated[
-        str | None, typer.Option("--lr", "--learning-rate", help="A number, or auto.", rich_help_panel=TRAINING)
+        str | None,
+        typer.Option(
+            "--lr",
+            "--learning-rate",
+            help="A number, or auto. 1e-2 by default, of a kv-prefix 3e-2 (in standard deviations).",
+            rich_help_panel=TRAINING,
+        ),
     ] = None,
     dtype: Annotated[
         str | None,
@@ -70,17 +95,21 @@ def learn(
     tracker: Annotated[
         str | None, typer.Option(help="tensorboard, wandb, ... (accelerate's).", rich_help_panel=TRAINING)
     ] = None,
-    seed: Annotated[int | None, typer.Option(rich_help_panel=TRAINING)] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the start and of the batches.", rich_help_panel=TRAINING)] = None,
     teacher: Annotated[
         str | None,
         typer.Option(help="Model to learn from beside the text: the uncompressed one.", rich_help_panel=TEXT),
     ] = None,
-    teacher_share: Annotated[float | None, typer.Option(help="Of the loss.", rich_help_panel=TEXT)] = None,
+    teacher_share: Annotated[float | None, typer.Option(help="Its share of the loss.", rich_help_panel=TEXT)] = None,
     teacher_tokens: Annotated[
         int | None, typer.Option(help="Likeliest tokens kept per position.", rich_help_panel=TEXT)
     ] = None,
     text: Annotated[
-        str | None, typer.Option(help="pydoc, c4, wikitext2, ptb, or FILE[:COLUMN].", rich_help_panel=TEXT)
+        str | None,
+        typer.Option(
+            help=f"pydoc (of {EMBEDDED} the default), c4 (of others), wikitext2, ptb, or FILE[:COLUMN].",
+            rich_help_panel=TEXT,
+        ),
     ] = None,
     stream: Annotated[
         bool | None,
@@ -90,7 +119,11 @@ def learn(
         int | None, typer.Option(help="Windows among which a stream is shuffled.", rich_help_panel=TEXT)
     ] = None,
     validation: Annotated[
-        str | None, typer.Option(help="Text that selects the best prompt.", rich_help_panel=TEXT)
+        str | None,
+        typer.Option(
+            help="Text that selects the best prompt; by default the same source's, or a file's last tenth.",
+            rich_help_panel=TEXT,
+        ),
     ] = None,
     validate_every: Annotated[int | None, typer.Option(help="Steps between validations.", rich_help_panel=TEXT)] = None,
     validation_windows: Annotated[
@@ -140,6 +173,7 @@ def learn(
         "validation_windows": validation_windows,
     }
     section = build(LearnSection, given)
+    note_without_effect(console, section)
     from ctp_cli.models.devices import resolve_device
     from ctp_cli.models.resolve import resolve_model
     from ctp_cli.stages.compress import KIND as COMPRESSED
@@ -172,5 +206,5 @@ def learn(
     )
     console.document("learn", asdict(report) | {"path": str(report.path), "prompt_file": str(report.prompt_file)})
     console.result(str(report.prompt_file))
-    extra = "" if section.method == "soft-prompt" else " --format kv"
-    console.next_step(f"ctp stitch {report.prompt_file} {chosen[0]}{extra}")
+    extra = [] if section.method == "soft-prompt" else ["--format", "kv"]
+    console.next_step("ctp", "stitch", report.prompt_file, chosen[0], *extra)

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ctp_cli.commands.common import Device, DryRun, Force, Json, Quiet, reports_errors
+from ctp_cli.commands.common import Device, DryRun, Force, Json, Quiet, note_without_effect, reports_errors
 from ctp_cli.console import Console, time_text
 from ctp_cli.files import read_json
 from ctp_cli.recipe import load
@@ -33,6 +33,7 @@ def run(
     """
     console = Console(quiet=quiet, json_mode=json)
     resolved = load(recipe, set or ())
+    note_without_effect(console, resolved.compress, resolved.learn)
     from ctp_cli import runner
     from ctp_cli.models.devices import resolve_device
 

@@ -6,12 +6,13 @@ from typing import Annotated
 
 import typer
 
-from ctp_cli.commands.common import Force, Json, Output, Quiet, reports_errors
+from ctp_cli.commands.common import Force, Json, Output, Quiet, reports_errors, shows_defaults
 from ctp_cli.console import Console, size_text
 from ctp_cli.recipe import StitchSection, build
 
 
 @reports_errors
+@shows_defaults(StitchSection)
 def stitch(
     prompt: Annotated[Path, typer.Argument(help="prompt.safetensors, or its folder.")],
     model: Annotated[str, typer.Argument(help="Checkpoint to stitch it onto: any compression of the same model.")],
@@ -72,9 +73,9 @@ def stitch(
     console.table(f"stitched as {section.format}", ("", ""), rows)
     console.document("stitch", asdict(report) | {"path": str(report.path)})
     console.result(str(report.path))
-    evaluated = {
-        "vocab": str(report.path),
-        "peft": f"{model} --prompt {prompt}",
-        "kv": f"{model} --prompt {report.path}",
+    evaluated: dict[str, list[str | Path]] = {
+        "vocab": [report.path],
+        "peft": [model, "--prompt", prompt],
+        "kv": [model, "--prompt", report.path],
     }
-    console.next_step(f"ctp eval {evaluated[section.format]}")
+    console.next_step("ctp", "eval", *evaluated[section.format])

@@ -32,4 +32,4 @@ def unstitch(
     console.table("unstitched", ("", ""), rows)
     console.document("unstitch", asdict(report) | {"path": str(report.path)})
     console.result(str(report.path))
-    console.next_step(f"ctp eval {report.path}")
+    console.next_step("ctp", "eval", report.path)

@@ -108,21 +108,15 @@ def known_names() -> list[str]:
 
 def load_text(spec: str, *, default_part: str) -> Text:
     """Raises InputError for an unknown name or an empty or unreadable file, NetworkError without the hub."""
+    file = file_of(spec)
     label, source, part, rest = split_spec(spec)
-    if source in HUB_TEXTS or source == "pydoc":
+    if file is None:
         part = part or default_part
-        if part not in PARTS:
-            raise InputError(f"text {spec!r}: no part {part!r}", hint=f"parts are {', '.join(PARTS)}")
         content = pydoc_text(part) if source == "pydoc" else _hub_text(source, part)
         name = f"{source}:{part}"
-    elif rest.endswith(FILE_ENDINGS) or source.endswith(FILE_ENDINGS) or Path(source).exists():
-        content = _local_text(Path(source), part)
-        name = rest
     else:
-        raise InputError(
-            f"unknown text {spec!r}: not a file, and not one of {', '.join(known_names())}",
-            hint="local files end in .txt, .jsonl, .jsonl.gz or .parquet; write FILE:COLUMN to choose a column",
-        )
+        content = _local_text(file, part)
+        name = rest
     if not content.strip():
         raise InputError(f"text {spec!r} is empty")
     try:
@@ -130,6 +124,28 @@ def load_text(spec: str, *, default_part: str) -> Text:
     except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair
         raise InputError(f"text {spec!r} has no UTF-8 form ({error})") from None
     return Text(label or (Path(source).name if "." in source else name), name, content)
+
+
+def file_of(spec: str) -> Path | None:
+    """The local file that a text is read from, None for a named text; reads nothing.
+
+    Raises InputError for an unknown name or part, and where there is no such file.
+    """
+    _, source, part, rest = split_spec(spec)
+    if source in known_names():
+        if part and part not in PARTS:
+            raise InputError(f"text {spec!r}: no part {part!r}", hint=f"parts are {', '.join(PARTS)}")
+        return None
+    path = Path(source)
+    if not (rest.endswith(FILE_ENDINGS) or source.endswith(FILE_ENDINGS) or path.exists()):
+        raise InputError(
+            f"unknown text {spec!r}: not a file, and not one of {', '.join(known_names())}",
+            hint="local files end in .txt, .jsonl, .jsonl.gz or .parquet; write FILE:COLUMN to choose a column",
+        )
+    if not path.is_file():
+        hint = "several files are read by `ctp learn --stream`" if any(c in source for c in "*?[") else None
+        raise InputError(f"{path}: no such text file", hint=hint)
+    return path
 
 
 def split_spec(spec: str) -> tuple[str, str, str, str]:
@@ -163,9 +179,6 @@ def pydoc_text(part: str) -> str:
 
 
 def _local_text(path: Path, column: str) -> str:
-    if not path.is_file():
-        hint = "several files are read by `ctp learn --stream`" if any(c in str(path) for c in "*?[") else None
-        raise InputError(f"{path}: no such text file", hint=hint)
     name = path.name
     with unreadable_is_said(path):
         if name.endswith(".parquet"):

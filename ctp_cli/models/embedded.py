@@ -4,6 +4,7 @@ SmolLM2-135M-Instruct (Llama architecture, Apache-2.0) travels inside the wheel 
 blocks (Q4_1). It is converted once to bfloat16 safetensors and kept in ctp's cache.
 """
 
+import errno
 import hashlib
 import importlib.metadata
 import shutil
@@ -35,11 +36,14 @@ def embedded_model(progress: Progress = SILENT) -> Path:
         return folder
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-    except PermissionError as error:
+        unpacking = tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{NAME}-")
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
         raise InputError(
-            f"{folder.parent}: cannot be made ({error.strerror})", hint="set CTP_CACHE to another folder"
+            f"{folder.parent}: nothing can be written there ({error.strerror})", hint="set CTP_CACHE to another folder"
         ) from None
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{NAME}-") as scratch:
+    with unpacking as scratch:
         made = Path(scratch) / "converted"
         gguf = _installed_gguf()
         if gguf is None:

@@ -56,7 +56,7 @@ def bench(
     Raises: OutputError if the output exists, InputError for a model or prompt that cannot be used,
     RecipeError if the model has too few positions for what the section asks.
     """
-    artifact.refuse_existing(output, force=force, reads=model_path)
+    artifact.refuse_existing(output, model_path, prompt_path, force=force)
     where = resolve_device(device)
     if prompt_path and prompt_path.is_dir():
         prompt_path = prompt_path / PROMPT_FILE

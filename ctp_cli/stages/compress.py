@@ -87,7 +87,7 @@ def compress(
 
     None in all processes of a job but the main one. They share the calibration windows.
     """
-    refuse_existing(output, force=force, reads=model.path)
+    refuse_existing(output, model.path, force=force)
     config = _config_of_original(model)
     tokenizer = load_tokenizer(model.path)
     calibration = load_text(section.calibration or default_text(model), default_part="train")
@@ -165,7 +165,7 @@ def dry_run(section: CompressSection, *, model: ResolvedModel, output: Path, for
 
     Sizes come from shapes, time from a probe of the machine.
     """
-    refuse_existing(output, force=force, reads=model.path)
+    refuse_existing(output, model.path, force=force)
     config = _config_of_original(model)
     calibration = load_text(section.calibration or default_text(model), default_part="train")
     tokenizer = load_tokenizer(model.path)
@@ -249,7 +249,10 @@ def _notes(job: Job, sizes: dict[str, Any]) -> tuple[str, ...]:
             + ("; --format ctp is" if job.settings else "")
         )
     if job.format == "ctp":
-        notes.append("format ctp is read by ctp alone; --format gptq is for other engines")
+        notes.append(
+            "format ctp is read by ctp, and by transformers after `import ctp_cli.integration`; other engines read "
+            "--format gptq"
+        )
     if job.settings is None and job.section.bits is not None:
         notes.append(f"format dense stores the rounded weights in {sizes['bits_per_weight']:.0f} bits each")
     return tuple(notes)

@@ -43,7 +43,7 @@ def convert(
     form: str, *, model: ResolvedModel, output: Path, force: bool = False, progress: Progress = SILENT
 ) -> ConvertReport:
     """Raises InputError for a checkpoint that is not quantized, is damaged, or does not fit the format."""
-    refuse_existing(output, force=force, reads=model.path)
+    refuse_existing(output, model.path, force=force)
     config = load_config(model.path)
     source = packed_format(config, model.path)
     if source is None:

@@ -86,7 +86,7 @@ def evaluate(
 ) -> EvalReport:
     """Raises CtpError kinds for models, prompts or texts that cannot be used; nothing is left behind then."""
     if output is not None:
-        refuse_existing(output, force=force)
+        refuse_existing(output, *(path for one in targets for path in (one.model.path, one.prompt)), force=force)
     specs = section.ppl or (f"{default_text(targets[0].model)}:test",)
     texts = [load_text(spec, default_part="test") for spec in specs]
     if len({text.label for text in texts}) < len(texts):

@@ -84,7 +84,7 @@ def bench_kernels(
     Raises: OutputError if the output exists, InputError as `layer_shapes`, RecipeError for tuning without a GPU or
     without triton.
     """
-    artifact.refuse_existing(output, force=force, reads=model_path)
+    artifact.refuse_existing(output, model_path, force=force)
     where = resolve_device(device)
     if tuning and (not where.startswith("cuda") or not available()):
         missing = "a GPU, and there is none here" if not where.startswith("cuda") else "triton, which is not installed"

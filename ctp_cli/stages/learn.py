@@ -91,7 +91,7 @@ def learn_prompt(
 
     Raises CtpError kinds for what the user can mend; unfinished work is kept and gone on from.
     """
-    _check_before_reading(section, models, output, device, force)
+    _check_before_reading(section, models, teacher, output, device, force)
     tokenizer = load_tokenizer(models[0].path)
     text = learning_text(section, models[0], tokenizer)
     identity = _identity(section, models, teacher, text)
@@ -229,10 +229,16 @@ def _save(
 
 
 def _check_before_reading(
-    section: LearnSection, models: Sequence[ResolvedModel], output: Path, device: str, force: bool
+    section: LearnSection,
+    models: Sequence[ResolvedModel],
+    teacher: ResolvedModel | None,
+    output: Path,
+    device: str,
+    force: bool,
 ) -> None:
+    read = [*models, teacher] if teacher is not None else models
+    refuse_existing(output, *(one.path for one in read), earlier_file(section), force=force)
     for one in models:
-        refuse_existing(output, force=force, reads=one.path)
         manifest_of(one.path)  # a damaged one is refused before anything is learned
     if section.mixed_precision == "fp16" and device == "cpu":
         raise RecipeError("learn.mixed_precision: fp16 needs a GPU", hint="use bf16 or no on a CPU")

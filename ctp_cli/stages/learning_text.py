@@ -51,8 +51,8 @@ def _texts(section: LearnSection, spec: str, text: Text) -> tuple[Text, Text]:
     """Training and selection text. A local file without a selection text of its own gives up its last tenth."""
     if section.validation is not None:
         validation = load_text(section.validation, default_part="validation")
-    elif spec.split(":")[0] in known_names():
-        validation = load_text(spec.split(":")[0], default_part="validation")
+    elif (name := split_spec(spec)[1]) in known_names():
+        validation = load_text(name, default_part="validation")
     else:
         cut = int(len(text.content) * (1 - _HELD_OUT))
         validation = Text(text.label, f"{text.source} (last tenth)", text.content[cut:])

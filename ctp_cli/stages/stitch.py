@@ -73,7 +73,7 @@ def stitch(
     progress: Progress = SILENT,
 ) -> StitchReport:
     """Raises InputError for a prompt or checkpoint that does not fit; then nothing is kept."""
-    refuse_existing(output, force=force, reads=model_path)
+    refuse_existing(output, model_path, prompt_path, force=force)
     prompt = load_prompt(prompt_path)
     if section.format == "vocab" and not isinstance(prompt, Prompt):
         raise InputError(

@@ -27,7 +27,7 @@ class UnstitchReport:
 
 def unstitch(*, model_path: Path, output: Path, force: bool = False) -> UnstitchReport:
     """Raises InputError for a checkpoint that no prompt was stitched onto by `stitch`; then nothing is kept."""
-    refuse_existing(output, force=force, reads=model_path)
+    refuse_existing(output, model_path, force=force)
     made = manifest_of(model_path, kind=KINDS["vocab"])
     if made is None:
         raise InputError(f"{model_path}: no checkpoint that `ctp stitch` made", hint="give one it made")
