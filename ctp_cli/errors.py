@@ -27,6 +27,10 @@ class NotFiniteError(InputError):
     """A model's outputs, or a prompt being learned, are NaN or infinite or as good as that."""
 
 
+class UnknownTokenError(InputError):
+    """A text with token ids that the model's embedding table has no rows for."""
+
+
 class NetworkError(InputError):
     """Something had to be fetched and could not be."""
 

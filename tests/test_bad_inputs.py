@@ -10,7 +10,7 @@ import pytest
 from safetensors import SafetensorError
 from safetensors.torch import load as load_file_bytes
 from safetensors.torch import load_file, save_file
-from tiny_models import tiny_model
+from tiny_models import tiny_model, tiny_tokenizer
 from typer.testing import CliRunner, Result
 
 from ctp_cli.app import app
@@ -125,6 +125,26 @@ def test_texts(name: str, make: Callable[[Path], object], word: str, model: Path
     spec = path if "." in name else name
     refused(ctp("compress", model, "--bits", 4, "--calibration", spec, *SMALL), word)
     refused(ctp("eval", model, "--ppl", spec, "--seqlen", 32), word)
+    assert not list(place.iterdir())
+
+
+@pytest.mark.parametrize("how", ["whole", "streamed", "teacher"])
+def test_a_late_token_beyond_the_table(how: str, model: Path, place: Path, tmp_path: Path) -> None:
+    """A whole text is refused before learning; of a stream nobody knows before its turn comes."""
+    small = tiny_model("llama", tmp_path / "small", vocab_size=319)
+    tokenizer = tiny_tokenizer(bos=False)
+    common, last = "0123456789 " * 12 + "0", tokenizer.decode([319])
+    assert tokenizer(common + last)["input_ids"].index(319) > 100
+    (tmp_path / "text.txt").write_text(common + last)
+    (tmp_path / "valid.txt").write_text("9876543210 " * 20)
+    command = ["learn", model if how == "teacher" else small, "--text", tmp_path / "text.txt"]
+    command += ["--validation", tmp_path / "valid.txt", "--tokens", 2, "--batch-size", 2, "--seqlen", 8]
+    command += ["--steps", 100, "--validate-every", 1, "--validation-windows", 2, "-o", "p"]
+    command += [] if how == "whole" else ["--stream", "--shuffle-buffer", 4]
+    command += ["--teacher", small] if how == "teacher" else []
+    result = ctp(*command)
+    refused(result, "token id 319", "319 embeddings", "is the tokenizer that of this model?")
+    assert ("step 1:" in result.stderr) == (how == "streamed")
     assert not list(place.iterdir())
 
 

@@ -24,7 +24,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from ctp_cli.checkpoints.formats import FORMATS, LayerFormat, format_of, read_dense_state, read_packed_state
-from ctp_cli.errors import CtpError, InputError, is_out_of_memory
+from ctp_cli.errors import CtpError, InputError, UnknownTokenError, is_out_of_memory
 from ctp_cli.files import read_json
 
 _MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
@@ -299,10 +299,10 @@ def decoder_embedding(model: PreTrainedModel) -> nn.Embedding:
 
 
 def check_ids(ids: Tensor, model: PreTrainedModel) -> None:
-    """Raises InputError for token ids that have no row in the embedding table."""
+    """Raises UnknownTokenError for token ids that have no row in the embedding table."""
     rows = decoder_embedding(model).num_embeddings
     if ids.numel() and int(ids.max()) >= rows:
-        raise InputError(
+        raise UnknownTokenError(
             f"the text holds token id {int(ids.max())}, the model has {rows} embeddings",
             hint="is the tokenizer that of this model?",
         )

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from ctp_cli.models.head import Scorer, SoftTargets
-from ctp_cli.models.loading import decoder_embedding
+from ctp_cli.models.loading import check_ids, decoder_embedding
 from ctp_cli.models.sharding import Frozen
 from ctp_cli.prompts.prefix import kv_template, rows_prefix
 
@@ -33,6 +33,10 @@ class PromptedLoss(nn.Module, ABC):
     def models(self) -> int:
         """How many there are."""
         return len(self._frozen)
+
+    def check_ids(self, ids: Tensor) -> None:
+        """Raises UnknownTokenError for ids that have no row in the models' embedding tables, which are equal."""
+        check_ids(ids, self._frozen[0].model)
 
     def forward(self, ids_BT: Tensor, which: int, soft: SoftTargets | None) -> Tensor:
         """Mean loss of ids_BT on the model number `which`, against its labels or these targets."""

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ctp_cli.files import whole_file
 from ctp_cli.models.head import Scorer
+from ctp_cli.models.loading import check_ids
 from ctp_cli.models.sharding import Frozen
 from ctp_cli.progress import SILENT, Progress
 
@@ -48,7 +49,9 @@ class Teacher:
         for first in missing:
             tensors: _Held = {}
             for step in range(first, min(first + _STEPS_PER_FILE, steps)):
-                ids_BT = batch_at(step).to(scorer.model.device)
+                ids_BT = batch_at(step)
+                check_ids(ids_BT, scorer.model)
+                ids_BT = ids_BT.to(scorer.model.device)
                 tokens_BTK, probabilities_BTK = teacher(lambda _, ids_BT=ids_BT: scorer.likeliest(ids_BT, self.count))
                 tensors[f"tokens.{step}"] = tokens_BTK.to("cpu", torch.int32)
                 tensors[f"probabilities.{step}"] = probabilities_BTK.to("cpu", torch.float16)

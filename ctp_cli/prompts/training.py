@@ -147,7 +147,8 @@ def learn(
     exists, learning goes on from it, and without a time limit to the same bits as without the interruption. Several
     processes share every batch.
 
-    Raises NotFiniteError where learning starts from, or comes to, what the models' outputs are no numbers with.
+    Raises NotFiniteError where learning starts from, or comes to, what the models' outputs are no numbers with;
+    UnknownTokenError where it comes to tokens that the models, or the teacher, have no rows for.
     """
     resumed = from_main(state_path.exists())
     start = module.prompt.detach().cpu()
@@ -239,7 +240,7 @@ class _Loop:
     ) -> None:
         self.state, self.batches = state, batches
         self.settings, self.accelerator, self.teacher = settings, accelerator, teacher
-        self.prompt, self._models = module.prompt, module.models
+        self.prompt, self._models, self._check_ids = module.prompt, module.models, module.check_ids
         self.module = self.accelerator.prepare(module)
         self._start_from_state()
         self._step_seconds: list[float] = []
@@ -270,6 +271,7 @@ class _Loop:
     def _update(self, step: int, planned: int, peak: float, asked: Mapping[str, Tensor]) -> float:
         device = self.accelerator.device
         whole = {"ids": self.batches.at(step), **asked}
+        self._check_ids(whole["ids"])
         with self.accelerator.split_between_processes(whole) as part, self.accelerator.autocast():
             ids_BT, *of_teacher = (tensor.to(device) for tensor in part.values())
             soft = None

@@ -26,7 +26,8 @@ from ctp_cli.artifact import (
     workspace,
 )
 from ctp_cli.benchmark.figures import learning_figure
-from ctp_cli.errors import InputError, NotFiniteError, RecipeError
+from ctp_cli.data.batches import WholeText
+from ctp_cli.errors import InputError, NotFiniteError, RecipeError, UnknownTokenError
 from ctp_cli.evaluation.perplexity import perplexity
 from ctp_cli.files import read_json
 from ctp_cli.models.loading import decoder_embedding, load_model, load_tokenizer
@@ -105,6 +106,8 @@ def learn_prompt(
     _check_teacher(teacher, models[0], tokenizer)
     job = _Job(section, models, tokenizer, text, networks, tables[0])
     module = job.module()
+    if isinstance(text.batches, WholeText):  # of others, batch by batch
+        module.check_ids(text.batches.ids_T)
     main = accelerator.is_main_process
     place = workspace(output, kind=KIND, identity=identity, force=force) if main else contextlib.nullcontext()
     with place as space:
@@ -184,10 +187,10 @@ class _Job:
 
 @contextlib.contextmanager
 def _left_nowhere_to_go_on(space: Workspace | None) -> Iterator[None]:
-    """Where learning diverges, the same command would diverge again."""
+    """Where learning diverges, or comes to tokens that the model does not know, the same command would do so again."""
     try:
         yield
-    except NotFiniteError:
+    except (NotFiniteError, UnknownTokenError):
         if space is not None:
             space.discard()
         raise

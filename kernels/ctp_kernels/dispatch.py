@@ -85,7 +85,7 @@ def prepare(parts: PackedParts, *, int8_activations: bool = False) -> "Weight":
     """A layer ready for `matmul`. Its tensors are taken over, not copied; nothing is converted before it is needed.
 
     Shapes, dtypes: as `reference.PackedParts` has them, all tensors on one device.
-    int8_activations: x may be rounded to 8 bits, which is faster and costs about 6e-3 of y (`packed.product_int8`).
+    int8_activations: x may be rounded to 8 bits, which is faster and costs 6e-3 of y and more (`packed.product_int8`).
         It is where there is a kernel for it; larger batches, gradients and GPUs compute as without.
     Raises: ValueError if the parts do not go together.
     """
@@ -96,7 +96,8 @@ def matmul(x: Tensor, weight: "Weight") -> Tensor:
     """y = x W^T, differentiable with respect to x.
 
     Shapes: x (..., K), any float dtype, on the weight's device; returns (..., N) in x's dtype.
-    Errors against float64, relative: 1e-6 for float32, 1e-3 for float16, 3e-3 for bfloat16, 1e-2 where x is 8-bit.
+    Errors against float64, relative: 1e-6 for float32, 1e-3 for float16, 3e-3 for bfloat16, 1e-2 where x is 8-bit, and
+    more where it has outliers (docs/kernels.md).
     Raises: ValueError for another width or device, or integers.
     """
     if x.shape[-1] != weight.inputs or not x.is_floating_point():
