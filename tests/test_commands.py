@@ -20,9 +20,9 @@ from ctp_cli.commands.common import reports_errors
 from ctp_cli.models.loading import load_model
 
 
-def ctp(*arguments: object) -> Result:
+def ctp(*arguments: object, code: int = 0) -> Result:
     result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    assert result.exit_code == 0, result.output
+    assert result.exit_code == code, result.output
     return result
 
 
@@ -175,6 +175,18 @@ def test_several_formats_hold_the_same_codes(trained: Path, place: Path) -> None
         assert all(torch.equal(weights[0][name], other[name]) for name in weights[0])
     manifests = [json.loads((place / name / "ctp.json").read_text()) for name in ("out", "out-ctp", "out-dense")]
     assert [manifest["format"] for manifest in manifests] == ["gptq", "ctp", "dense"]
+
+    refused = ctp("compress", trained, *formats, *text, code=2)
+    assert "out-ctp exists" in refused.stderr
+    shutil.rmtree(place / "out-dense")  # as after an interruption before the last format
+    refused = ctp("compress", trained, *formats, *text, "--group-size", 32, code=2)
+    assert "exists" in refused.stderr
+    again = ctp("compress", trained, *formats, *text)
+    assert again.stdout.splitlines()[-3:] == ["out", "out-ctp", "out-dense"]
+    assert "made already" in again.stderr
+    assert json.loads((place / "out" / "ctp.json").read_text()) == manifests[0]
+    dense = load_model(place / "out-dense").state_dict()
+    assert all(torch.equal(weights[2][name], dense[name]) for name in dense)
 
 
 def test_a_kv_prefix_from_learning_to_evaluation(trained: Path, place: Path) -> None:

@@ -1,13 +1,15 @@
 """ctp compress"""
 
+import contextlib
+import json as jsons
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ctp_cli.artifact import refuse_existing
+from ctp_cli.artifact import made_for, manifest_of, refuse_existing
 from ctp_cli.commands.common import (
     Device,
     DryRun,
@@ -24,6 +26,9 @@ from ctp_cli.console import Console, size_text, time_text
 from ctp_cli.errors import RecipeError
 from ctp_cli.models.embedded import NAME
 from ctp_cli.recipe import CompressSection, build
+
+if TYPE_CHECKING:
+    from ctp_cli.stages.compress import CompressReport
 
 EMBEDDED = NAME
 
@@ -165,8 +170,14 @@ def compress(
     resolved = resolve_model(model or EMBEDDED, progress)
     path = output or Path(stage.output_name(resolved, section))
     beside = {one: path.with_name(f"{path.name}-{one}") for one in others if one is not None}
+    # what an interrupted command of several formats has finished is known by what it was made for
+    key = jsons.dumps([str(resolved.path), format, section.model_dump(mode="json")], sort_keys=True)
+    made = {one for one in (path, *beside.values()) if (manifest_of(one) or {}).get("made_for") == key}
+    if force or len(made) > len(beside):
+        made = set()
     for extra in beside.values():
-        refuse_existing(extra, resolved.path, force=force)
+        if extra not in made:
+            refuse_existing(extra, resolved.path, force=force)
     if dry_run:
         plan = stage.dry_run(section, model=resolved, output=path, force=force)
         if beside:
@@ -174,17 +185,35 @@ def compress(
         console.document("compress-plan", plan)
         console.table("would compress", ("", ""), [(key, str(value)) for key, value in plan.items()])
         return
-    report = stage.compress(
-        section, model=resolved, output=path, device=resolve_device(device), force=force, progress=progress
-    )
-    if report is None:  # another process is the one that speaks
-        return
-    for one, extra in beside.items():
-        convert(one, model=resolve_model(str(path)), output=extra, force=force, progress=progress)
+    also = [str(extra) for extra in beside.values()]
+    with made_for(key) if beside else contextlib.nullcontext():
+        report = None
+        if path not in made:
+            report = stage.compress(
+                section, model=resolved, output=path, device=resolve_device(device), force=force, progress=progress
+            )
+            if report is None:  # another process is the one that speaks
+                return
+        for one, extra in beside.items():
+            if extra not in made:
+                convert(one, model=resolve_model(str(path)), output=extra, force=force, progress=progress)
+    if report is None:
+        console.note(f"{path} was made already: the other formats are made from it")
+        document = {"path": str(path), "also": also}
+    else:
+        _show(console, report, resolved.name)
+        document = asdict(report) | {"path": str(report.path), "also": also}
+    console.document("compress", document)
+    for result in (str(path), *also):
+        console.result(result)
+    console.next_step("ctp", "learn", path, "--max-time", "10m")
+
+
+def _show(console: Console, report: "CompressReport", name: str) -> None:
     for note in report.notes:
         console.note(f"note: {note}")
     console.table(
-        f"compressed {resolved.name}",
+        f"compressed {name}",
         ("", ""),
         [
             (
@@ -203,11 +232,6 @@ def compress(
             ("time", time_text(report.seconds)),
         ],
     )
-    also = [str(extra) for extra in beside.values()]
-    console.document("compress", asdict(report) | {"path": str(report.path), "also": also})
-    for made in (str(report.path), *also):
-        console.result(made)
-    console.next_step("ctp", "learn", report.path, "--max-time", "10m")
 
 
 def _formats(given: str | None) -> list[str | None]:
