@@ -192,8 +192,8 @@ def compress(
             report = stage.compress(
                 section, model=resolved, output=path, device=resolve_device(device), force=force, progress=progress
             )
-            if report is None:  # another process is the one that speaks
-                return
+        if follows():  # another process is the one that converts and speaks
+            return
         for one, extra in beside.items():
             if extra not in made:
                 convert(one, model=resolve_model(str(path)), output=extra, force=force, progress=progress)
