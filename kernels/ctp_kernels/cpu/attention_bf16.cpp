@@ -346,6 +346,8 @@ Attention described(const uint16_t* q, const uint16_t* k, const uint16_t* v, con
 
 }  // namespace
 
+extern "C" int64_t attention_bf16_tile() { return kTile; }
+
 // sizes: batch, heads, key heads, queries, keys, width; strides: of q, k and v, three each (batch, head, token); logs
 // may be null. Both functions return 0, or 1 where there is not enough memory.
 extern "C" int attention_bf16(const uint16_t* q, const uint16_t* k, const uint16_t* v, uint16_t* out, float* logs,
