@@ -1,6 +1,6 @@
 // Causal attention of float32 queries, keys and values, and its gradients, with whatever vectors the compiler was told of.
 //
-// T=queries S=keys, of which query t sees those up to S - T + t, D=width of a head, a multiple of kTile.
+// Letters as in attention.h.
 
 #include <algorithm>
 #include <cmath>
@@ -8,7 +8,7 @@
 #include <cstring>
 #include <vector>
 
-#include "threads.h"
+#include "attention.h"
 
 namespace {
 
@@ -55,21 +55,7 @@ inline Lanes exponential(Lanes x) {
   return series * scale;
 }
 
-struct Strided {  // (B, H, T, D), strides in elements, D contiguous
-  const float* data;
-  int64_t strides[3];
-  const float* head(int64_t b, int64_t h) const { return data + b * strides[0] + h * strides[1]; }
-  int64_t row() const { return strides[2]; }
-};
-
-struct Attention {
-  Strided q, k, v;
-  int64_t batch, heads, key_heads, queries, keys, width;
-  float scale;
-  int64_t padded() const { return (keys + kTile - 1) / kTile * kTile; }
-  int64_t seen(int64_t query) const { return keys - queries + query + 1; }
-  int64_t group() const { return heads / key_heads; }
-};
+using Attention = AttentionOf<float, kTile>;
 
 // tiles of kTile tokens; in a tile, for every dimension, the tokens side by side
 void by_dimensions(const float* rows, int64_t stride, int64_t tokens, int64_t D, std::vector<float>& out) {
@@ -280,41 +266,21 @@ class Backward {
   std::vector<float> keys_, values_, weights_, changes_;
 };
 
-Attention described(const float* q, const float* k, const float* v, const int64_t* sizes, const int64_t* strides,
-                    float scale) {
-  Attention a{{q, {}}, {k, {}}, {v, {}}, sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], scale};
-  std::copy(strides, strides + 3, a.q.strides);
-  std::copy(strides + 3, strides + 6, a.k.strides);
-  std::copy(strides + 6, strides + 9, a.v.strides);
-  return a;
-}
-
 }  // namespace
 
 extern "C" int64_t attention_f32_tile() { return kTile; }
 
-// sizes: batch, heads, key heads, queries, keys, width; strides: of q, k and v, three each (batch, head, token); logs
-// may be null. Both functions return 0, or 1 where there is not enough memory.
-extern "C" int attention_f32(const float* q, const float* k, const float* v, float* out, float* logs,
-                             const int64_t* sizes, const int64_t* strides, float scale, int64_t threads) {
-  const Attention a = described(q, k, v, sizes, strides, scale);
-  const int64_t heads = a.batch * a.heads, parts = std::min(threads, heads);
-  return in_parallel(threads, parts, [&](int64_t part) {
-    Forward forward(a, out, logs);
-    // neighbours, which share keys
-    for (int64_t i = heads * part / parts; i < heads * (part + 1) / parts; ++i) forward.head(i / a.heads, i % a.heads);
-  });
+// sizes and strides: as AttentionOf has them; logs may be null. Both functions return 0, or 1 where there is not enough
+// memory.
+extern "C" int attention_f32(const float* q, const float* k, const float* v, float* out, float* logs, const int64_t* sizes,
+    const int64_t* strides, float scale, int64_t threads) {
+  const Attention a(q, k, v, sizes, strides, scale);
+  return over_heads(threads, a.batch, a.heads, [&] { return Forward(a, out, logs); });
 }
 
-extern "C" int attention_f32_backward(const float* q, const float* k, const float* v, const float* of_out,
-                                      const float* logs, float* of_q, float* of_k, float* of_v, const int64_t* sizes,
-                                      const int64_t* strides, float scale, int64_t threads) {
-  const Attention a = described(q, k, v, sizes, strides, scale);
+extern "C" int attention_f32_backward(const float* q, const float* k, const float* v, const float* of_out, const float* logs, float* of_q,
+    float* of_k, float* of_v, const int64_t* sizes, const int64_t* strides, float scale, int64_t threads) {
+  const Attention a(q, k, v, sizes, strides, scale);
   const Gradients g{of_out, logs, of_q, of_k, of_v};
-  const int64_t heads = a.batch * a.key_heads, parts = std::min(threads, heads);
-  return in_parallel(threads, parts, [&](int64_t part) {
-    Backward backward(a, g);
-    for (int64_t i = heads * part / parts; i < heads * (part + 1) / parts; ++i)
-      backward.head(i / a.key_heads, i % a.key_heads);
-  });
+  return over_heads(threads, a.batch, a.key_heads, [&] { return Backward(a, g); });
 }
