@@ -3,6 +3,7 @@
     python benchmarks/sixteen_bit.py [--tokens 2048] [--rounds 7]
 
 Layers are those of a SmolLM2 block. Where the processor has 16-bit products both ways are the same.
+Attention: `benchmarks/attention.py`.
 """
 
 import argparse
@@ -12,7 +13,6 @@ import time
 import torch
 from ctp_kernels.arithmetic import fast_arithmetic, is_slow
 from torch import Tensor, nn
-from torch.nn import functional
 
 LAYERS = {"q, o": (576, 576), "k, v": (576, 192), "gate, up": (576, 1536), "down": (1536, 576)}
 
@@ -26,16 +26,6 @@ def seconds(layer: nn.Linear, x_TI: Tensor, *, ours: bool, backward: bool) -> fl
         y_TO = layer(x_TI)
     if backward:
         y_TO.backward(y_TO.detach())
-    return time.perf_counter() - started
-
-
-def attention_seconds(q_BHTD: Tensor, *, ours: bool) -> float:
-    started = time.perf_counter()
-    if ours:
-        with fast_arithmetic():
-            functional.scaled_dot_product_attention(q_BHTD, q_BHTD, q_BHTD, is_causal=True)
-    else:
-        functional.scaled_dot_product_attention(q_BHTD, q_BHTD, q_BHTD, is_causal=True)
     return time.perf_counter() - started
 
 
@@ -64,8 +54,6 @@ def main() -> None:
                 return seconds(layer, x, ours=ours, backward=backward)
 
             row(f"{name}: {inputs} -> {outputs}{suffix}", run)
-    q_BHTD = torch.randn(2, 9, given.tokens // 2, 64).bfloat16()
-    row("attention", lambda *, ours: attention_seconds(q_BHTD, ours=ours))
 
 
 if __name__ == "__main__":

@@ -8,8 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from ctp_kernels.arithmetic import where_slow
-from torch import Tensor
+from ctp_kernels.arithmetic import fast_arithmetic
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
@@ -29,13 +28,12 @@ def _checkpointed(forward: Callable[..., Any], index: int) -> Callable[..., Any]
         if not torch.is_grad_enabled():
             return forward(*inputs, **options)
         cache = next((value for value in (*inputs, *options.values()) if isinstance(value, Cache)), None)
-        first = next(value for value in (*inputs, *options.values()) if isinstance(value, Tensor))
         before = None if cache is None else _keys_and_values(cache, index)
 
         def once_more(*inputs: Any, **options: Any) -> Any:
             if cache is not None:
                 _put_back(cache, index, before)
-            with where_slow(first):  # the gradient is asked for outside of whatever surrounded the forward pass
+            with fast_arithmetic():  # the gradient is asked for outside of whatever surrounded the forward pass
                 return forward(*inputs, **options)
 
         return checkpoint(once_more, *inputs, use_reentrant=False, **options)

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import torch
-from ctp_kernels.arithmetic import where_slow
+from ctp_kernels.arithmetic import fast_arithmetic
 from ctp_kernels.prefix import cache_of, cache_with, fresh_copy
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -15,6 +15,7 @@ from transformers.cache_utils import Cache
 
 from ctp_cli.models.head import Scorer, SoftTargets
 from ctp_cli.models.loading import check_ids, decoder_embedding
+from ctp_cli.models.remade import remade_activations
 from ctp_cli.models.sharding import Frozen
 from ctp_cli.prompts.prefix import kv_template, rows_prefix
 
@@ -40,7 +41,8 @@ class PromptedLoss(nn.Module, ABC):
 
     def forward(self, ids_BT: Tensor, which: int, soft: SoftTargets | None) -> Tensor:
         """Mean loss of ids_BT on the model number `which`, against its labels or these targets."""
-        loss: Tensor = self._frozen[which](lambda model: self._loss(model, ids_BT, which, soft))
+        with remade_activations():
+            loss: Tensor = self._frozen[which](lambda model: self._loss(model, ids_BT, which, soft))
         return loss
 
     @abstractmethod
@@ -64,7 +66,7 @@ class SoftPromptLoss(PromptedLoss):
 
     def _loss(self, model: PreTrainedModel, ids_BT: Tensor, which: int, soft: SoftTargets | None) -> Tensor:
         rows_1PD = self.prompt.to(decoder_embedding(model).weight.dtype)[None]
-        with where_slow(rows_1PD):
+        with fast_arithmetic():
             of_prompt = model.base_model(inputs_embeds=rows_1PD, use_cache=True)
         prefix = fresh_copy(cache_of(of_prompt), batch_size=ids_BT.shape[0])
         loss = self._scorers[which].nll(ids_BT, prefix=prefix, soft=soft, input_ids=ids_BT).mean()

@@ -1,4 +1,4 @@
-"""What a processor does badly in 16 bits, done otherwise: products in float32, attention by a kernel of our own.
+"""What PyTorch does badly on a processor, done otherwise: 16-bit products in float32, attention by kernels of our own.
 
     with fast_arithmetic():
         model(ids)
@@ -12,20 +12,25 @@ M=rows of a product I=in_features O=out_features
 """
 
 import functools
+import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from ctp_kernels.attention import causal_attention
+from ctp_kernels.attention import CausalMasks, causal_attention
 from ctp_kernels.cpu.build import cpu_features
 
 _FEW_ROWS = 8
 """Below, a product is as long as reading its matrix takes, and 16 bits are fewer."""
+
+
+_UNREPEATED = "TRANSFORMERS_SDPA_FORCE_GQA"
+"""Where it is 1, transformers hands over keys and values that heads share once, under a mask too."""
 
 
 class fast_arithmetic(TorchFunctionMode):
@@ -34,12 +39,56 @@ class fast_arithmetic(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self._ways = dict.fromkeys(_PRODUCTS, _product) | {functional.linear: _linear}
-        if cpu_features() and "amx_bf16" not in cpu_features():
-            self._ways[functional.scaled_dot_product_attention] = _attention
+        self._ways[functional.scaled_dot_product_attention] = self._attention
+        self._is_causal = CausalMasks()
+        self._before: list[str | None] = []
+
+    def __enter__(self) -> Self:
+        self._before.append(os.environ.get(_UNREPEATED))
+        os.environ[_UNREPEATED] = "1"
+        super().__enter__()
+        return self
+
+    def __exit__(self, *raised: Any) -> None:
+        super().__exit__(*raised)
+        before = self._before.pop()
+        if before is None:
+            del os.environ[_UNREPEATED]
+        else:
+            os.environ[_UNREPEATED] = before
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         way = self._ways.get(func)
         return func(*args, **(kwargs or {})) if way is None else way(func, *args, **(kwargs or {}))
+
+    def _attention(
+        self, plain: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor, **options: Any
+    ) -> Tensor:
+        """Attention on a CPU by our own kernel where it fits, of slow types in float32; results have their own dtype.
+
+        PyTorch's float32 attention computes what a causal mask hides, and forward and backward take about twice as long
+        as ours. With AVX-512 BF16, for heads of 64 or a multiple, our bfloat16 kernel takes a third of PyTorch's time,
+        with gradients less than half. Without AVX-512, 16-bit attention takes about 1.5 times as long as float32.
+        """
+        if query.device.type != "cpu" or query.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            return plain(query, key, value, **options)
+        tried = query.dtype == torch.float32 or is_slow(query) or "amx_bf16" not in cpu_features()
+        if tried and not options.get("dropout_p") and self._is_causal(query, key, options):
+            scale = options.get("scale")
+            scale = query.shape[-1] ** -0.5 if scale is None else scale
+            ours = causal_attention(query, key, value, scale)
+            if ours is None and is_slow(query):
+                ours = causal_attention(query.float(), key.float(), value.float(), scale)
+            if ours is not None:
+                return ours.to(query.dtype)
+        mask = options.get("attn_mask")
+        if mask is not None and options.pop("enable_gqa", False):  # PyTorch has a fast way with one of them alone
+            key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
+        if not is_slow(query):
+            return plain(query, key, value, **options)
+        if mask is not None and mask.is_floating_point():
+            options["attn_mask"] = mask.float()
+        return plain(query.float(), key.float(), value.float(), **options).to(query.dtype)
 
 
 def wide(x: Tensor) -> Tensor:
@@ -87,58 +136,24 @@ def _linear(plain: Callable[..., Tensor], input: Tensor, weight: Tensor, bias: T
 
 
 class _Linear(torch.autograd.Function):
-    """Keeps operands for the backward pass as they came, and not in float32."""
+    """Keeps for the backward pass what it needs of the operands, as they came and not in float32."""
 
     @staticmethod
     def forward(ctx: Any, input: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
-        ctx.save_for_backward(input, weight_OI)
+        ctx.save_for_backward(input if ctx.needs_input_grad[1] else None, weight_OI)
         bias_O = None if bias_O is None else bias_O.float()
         return functional.linear(input.float(), weight_OI.float(), bias_O).to(input.dtype)
 
     @staticmethod
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         input, weight_OI = ctx.saved_tensors
+        shape = (*outer[0].shape[:-1], weight_OI.shape[1])
         outer_MO = outer[0].float().flatten(0, -2)
         of_input = of_weight = of_bias = None
         if ctx.needs_input_grad[0]:
-            of_input = (outer_MO @ weight_OI.float()).to(input.dtype).view(input.shape)
+            of_input = (outer_MO @ weight_OI.float()).to(outer[0].dtype).view(shape)
         if ctx.needs_input_grad[1]:
             of_weight = (outer_MO.T @ input.float().flatten(0, -2)).to(weight_OI.dtype)
         if ctx.needs_input_grad[2]:
             of_bias = outer_MO.sum(0).to(outer[0].dtype)
         return of_input, of_weight, of_bias
-
-
-def _attention(plain: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
-    """16-bit attention on a CPU by our own kernel where it fits, else in float32; results have their own dtype.
-
-    Without AVX-512 PyTorch's fused attention takes about 1.5 times as long in bfloat16 as in float32. With AVX-512 BF16
-    both are about equal, and our kernel, for heads of 64 or a multiple, takes a third; with gradients less than half.
-    """
-    if query.device.type != "cpu" or query.dtype not in (torch.bfloat16, torch.float16):
-        return plain(query, key, value, **options)
-    mask = options.get("attn_mask")
-    if not options.get("dropout_p") and _is_causal(query, key, mask, bool(options.get("is_causal"))):
-        scale = options.get("scale")
-        ours = causal_attention(query, key, value, query.shape[-1] ** -0.5 if scale is None else scale)
-        if ours is not None:
-            return ours
-    differentiated = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
-    if differentiated and not is_slow(query):
-        return plain(query, key, value, **options)  # here float32 takes longer
-    if mask is not None and mask.is_floating_point():
-        options["attn_mask"] = mask.float()
-    return plain(query.float(), key.float(), value.float(), **options).to(query.dtype)
-
-
-def _is_causal(query: Tensor, key: Tensor, mask: Tensor | None, said: bool) -> bool:
-    """Whether every query sees all keys up to its own, the last query's being the last: also said by a mask."""
-    queries, keys = query.shape[-2], key.shape[-2]
-    if mask is None:
-        return said and queries == keys
-    if mask.shape[-2:] != (queries, keys) or keys < queries:
-        return False
-    seen = mask if mask.dtype == torch.bool else mask == 0
-    unseen = torch.ones((), dtype=torch.bool) if mask.dtype == torch.bool else mask <= torch.finfo(mask.dtype).min
-    wanted = torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries)
-    return bool((seen == wanted).all() and (seen | unseen).all())

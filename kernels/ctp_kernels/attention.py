@@ -1,41 +1,76 @@
-"""Causal attention on processors with AVX-512 BF16, differentiable.
+"""Causal attention by kernels of our own, differentiable: float32 with AVX2, bfloat16 with AVX-512 BF16.
 
 B=batch H=heads K=key-value heads T=queries S=keys D=width of a head
 """
 
 import ctypes
+import weakref
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ctp_kernels.cpu.build import AVX512_BF16, load
+from ctp_kernels.cpu.build import AVX2, AVX512, AVX512_BF16, Level, load
 
 
 def causal_attention(q_BHTD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, scale: float) -> Tensor | None:
     """softmax(scale q k^T) v over the keys up to each query, or None where no kernel of ours fits.
 
-    Shapes: q (B, H, T, D), k and v (B, K, S, D) with K a divisor of H; bfloat16 on the CPU, D a multiple of 64 and
-    contiguous. Where there are more keys than queries the first S - T, a prefix, are seen by every query. Returns
-    (B, H, T, D) bfloat16, laid out as (B, T, H, D).
+    Shapes: q (B, H, T, D), k and v (B, K, S, D) with K a divisor of H; float32 or bfloat16 on the CPU, contiguous in D,
+    which is a multiple of 64 (of 16 in float32 without AVX-512). Where there are more keys than queries the first
+    S - T, a prefix, are seen by every query. Returns (B, H, T, D) of the same dtype, laid out as (B, T, H, D).
     Raises: MemoryError.
-    Products are exact and summed in float32, the softmax is float32; its weights are rounded to bfloat16, and so are
-    the gradients of scores.
+    Sums and softmax are float32; of bfloat16 the weights, and the gradients of scores, are rounded to bfloat16. Nothing
+    of the size of the scores is kept for the backward pass, and no key or value more than once.
     """
     tensors = (q_BHTD, k_BKSD, v_BKSD)
-    if any(x.dtype != torch.bfloat16 or x.device.type != "cpu" or x.dim() != 4 or x.stride(3) != 1 for x in tensors):
+    dtype = q_BHTD.dtype
+    if any(x.dtype != dtype or x.device.type != "cpu" or x.dim() != 4 or x.stride(3) != 1 for x in tensors):
         return None
     batch, heads, queries, width = q_BHTD.shape
     key_heads, keys = k_BKSD.shape[1:3]
     wanted = (batch, key_heads, keys, width)
-    if k_BKSD.shape != wanted or v_BKSD.shape != wanted or heads % key_heads or width % 64 or not 0 < queries <= keys:
+    if k_BKSD.shape != wanted or v_BKSD.shape != wanted or heads % key_heads or not 0 < queries <= keys:
         return None
-    if _library() is None:
+    kernel = _kernel(dtype)
+    if kernel is None or width % kernel.tile:
         return None
     if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
         out_BHTD: Tensor = _Attention.apply(*tensors, scale)
         return out_BHTD
     return _forward(*tensors, scale, None)
+
+
+class CausalMasks:
+    """Whether every query sees all keys up to its own, the last query's being the last: also where a mask says so.
+
+    Layers share their mask, so that the last one's answer is remembered.
+    """
+
+    def __init__(self) -> None:
+        self._last: tuple[weakref.ref[Tensor], bool] | None = None
+
+    def __call__(self, query: Tensor, key: Tensor, options: dict[str, Any]) -> bool:
+        """With the options that torch's scaled_dot_product_attention is given beside these two."""
+        queries, keys = query.shape[-2], key.shape[-2]
+        mask: Tensor | None = options.get("attn_mask")
+        if mask is None:
+            return bool(options.get("is_causal")) and queries == keys
+        if mask.shape[-2:] != (queries, keys) or keys < queries:
+            return False
+        if self._last is None or self._last[0]() is not mask:
+            self._last = weakref.ref(mask), _says_causal(mask)
+        return self._last[1]
+
+
+def _says_causal(mask: Tensor) -> bool:
+    queries, keys = mask.shape[-2:]
+    wanted = torch.ones(queries, keys, dtype=torch.bool, device=mask.device).tril(keys - queries)
+    if mask.dtype == torch.bool:
+        return torch.equal(mask, wanted.expand_as(mask))
+    seen, unseen = mask == 0, mask <= torch.finfo(mask.dtype).min
+    return bool((seen == wanted).all() and (seen | unseen).all())
 
 
 class _Attention(torch.autograd.Function):
@@ -50,13 +85,10 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         q_BHTD, k_BKSD, v_BKSD, logs_BHT = ctx.saved_tensors
-        outer_BTHD = outer[0].to(torch.bfloat16).transpose(1, 2).contiguous()
-        made = [torch.empty(x.transpose(1, 2).shape, dtype=torch.bfloat16) for x in (q_BHTD, k_BKSD, v_BKSD)]
-        library = _library()
-        assert library is not None
+        outer_BTHD = outer[0].to(q_BHTD.dtype).transpose(1, 2).contiguous()
+        made = [torch.empty(x.transpose(1, 2).shape, dtype=x.dtype) for x in (q_BHTD, k_BKSD, v_BKSD)]
         pointers = (x.data_ptr() for x in (q_BHTD, k_BKSD, v_BKSD, outer_BTHD, logs_BHT, *made))
-        failed = library.attention_bf16_backward(*pointers, *_description(q_BHTD, k_BKSD, v_BKSD, ctx.scale))
-        if failed:
+        if _known(q_BHTD.dtype).backward(*pointers, *_description(q_BHTD, k_BKSD, v_BKSD, ctx.scale)):
             raise MemoryError(f"no memory for the gradient of attention over {k_BKSD.shape[2]} tokens")
         of_q, of_k, of_v = (x.transpose(1, 2) for x in made)
         return of_q, of_k, of_v, None
@@ -64,12 +96,10 @@ class _Attention(torch.autograd.Function):
 
 def _forward(q_BHTD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, scale: float, logs_BHT: Tensor | None) -> Tensor:
     batch, heads, queries, width = q_BHTD.shape
-    out_BTHD = torch.empty(batch, queries, heads, width, dtype=torch.bfloat16)
-    library = _library()
-    assert library is not None
+    out_BTHD = torch.empty(batch, queries, heads, width, dtype=q_BHTD.dtype)
     pointers = (x.data_ptr() for x in (q_BHTD, k_BKSD, v_BKSD, out_BTHD))
     logs = None if logs_BHT is None else logs_BHT.data_ptr()
-    if library.attention_bf16(*pointers, logs, *_description(q_BHTD, k_BKSD, v_BKSD, scale)):
+    if _known(q_BHTD.dtype).forward(*pointers, logs, *_description(q_BHTD, k_BKSD, v_BKSD, scale)):
         raise MemoryError(f"no memory for attention over {k_BKSD.shape[2]} tokens")
     return out_BTHD.transpose(1, 2)
 
@@ -80,11 +110,34 @@ def _description(q_BHTD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, scale: float) -
     return sizes, strides, scale, torch.get_num_threads()
 
 
-def _library() -> ctypes.CDLL | None:
-    library = load("attention_bf16", AVX512_BF16)
+@dataclass(frozen=True)
+class _Kernel:
+    forward: Any
+    backward: Any
+    tile: int
+    """What the width of a head has to be a multiple of."""
+
+
+def _kernel(dtype: torch.dtype) -> _Kernel | None:
+    """This processor's, None where it has none."""
+    name, levels = _LIBRARIES.get(dtype, ("", ()))
+    library = load(name, *levels) if name else None
     if library is None:
         return None
     pointer = ctypes.c_void_p
-    library.attention_bf16.argtypes = [*[pointer] * 7, ctypes.c_float, ctypes.c_int64]
-    library.attention_bf16_backward.argtypes = [*[pointer] * 10, ctypes.c_float, ctypes.c_int64]
-    return library
+    made = _Kernel(getattr(library, name), getattr(library, f"{name}_backward"), getattr(library, f"{name}_tile")())
+    made.forward.argtypes = [*[pointer] * 7, ctypes.c_float, ctypes.c_int64]
+    made.backward.argtypes = [*[pointer] * 10, ctypes.c_float, ctypes.c_int64]
+    return made
+
+
+def _known(dtype: torch.dtype) -> _Kernel:
+    kernel = _kernel(dtype)
+    assert kernel is not None
+    return kernel
+
+
+_LIBRARIES: dict[torch.dtype, tuple[str, tuple[Level, ...]]] = {
+    torch.bfloat16: ("attention_bf16", (AVX512_BF16,)),
+    torch.float32: ("attention_f32", (AVX512, AVX2)),
+}

@@ -11,9 +11,7 @@ positions alike. A mask, where one is needed for padding, covers prompt and text
 
 # P=prompt_tokens D=embedding_width B=batch T=tokens V=vocabulary H=heads C=head_width
 import copy
-import functools
 import inspect
-import weakref
 from typing import Any
 
 import torch
@@ -23,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 from ctp_kernels.arithmetic import where_slow
+from ctp_kernels.attention import CausalMasks
 
 
 @torch.no_grad()
@@ -116,32 +115,18 @@ class prefix_attention(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self._seen: tuple[weakref.ref[Tensor], bool] | None = None
+        self._is_causal = CausalMasks()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        mask = kwargs.get("attn_mask")
-        if func is not functional.scaled_dot_product_attention or len(args) != 3 or mask is None:
+        if func is not functional.scaled_dot_product_attention or len(args) != 3 or kwargs.get("attn_mask") is None:
             return func(*args, **kwargs)
         query, key, _ = args
         queries, prefix = query.shape[-2], key.shape[-2] - query.shape[-2]
-        if not 0 < prefix < queries or kwargs.get("dropout_p") or not self._is_causal(mask, queries, prefix):
+        if not 0 < prefix < queries or kwargs.get("dropout_p") or not self._is_causal(query, key, kwargs):
             return func(*args, **kwargs)
         square = functional.pad(query, (0, 0, prefix, 0))
         return func(square, *args[1:], **kwargs | {"attn_mask": None, "is_causal": True})[..., prefix:, :]
-
-    def _is_causal(self, mask: Tensor, queries: int, prefix: int) -> bool:
-        """Whether each query sees the prefix and the text up to its own token. Layers share their mask: asked once."""
-        if self._seen is None or self._seen[0]() is not mask:
-            fits = mask.dtype == torch.bool and mask.shape[-2:] == (queries, queries + prefix)
-            wanted = _causal(queries, prefix, mask.device)
-            self._seen = weakref.ref(mask), fits and torch.equal(mask, wanted.expand_as(mask))
-        return self._seen[1]
-
-
-@functools.lru_cache(maxsize=4)
-def _causal(queries: int, prefix: int, device: torch.device) -> Tensor:
-    return torch.ones(queries, queries + prefix, dtype=torch.bool, device=device).tril(prefix)
 
 
 def check_width(model: Any, prompt_embeddings: Tensor) -> Tensor:

@@ -12,7 +12,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "threads.h"
+#include "attention.h"
 
 namespace {
 
@@ -21,21 +21,7 @@ constexpr int64_t kVectors = 4;
 constexpr int64_t kTile = 16 * kVectors;  // tokens of a tile of scores; dimensions of a tile of sums
 constexpr int64_t kBlock = 16;            // queries whose share of the gradients of keys and values is added at once
 
-struct Strided {  // (B, H, T, D), strides in elements, D contiguous
-  const uint16_t* data;
-  int64_t strides[3];
-  const uint16_t* head(int64_t b, int64_t h) const { return data + b * strides[0] + h * strides[1]; }
-  int64_t row() const { return strides[2]; }
-};
-
-struct Attention {
-  Strided q, k, v;
-  int64_t batch, heads, key_heads, queries, keys, width;
-  float scale;
-  int64_t padded() const { return (keys + kTile - 1) / kTile * kTile; }
-  int64_t seen(int64_t query) const { return keys - queries + query + 1; }
-  int64_t group() const { return heads / key_heads; }
-};
+using Attention = AttentionOf<uint16_t, kTile>;
 
 using Lanes = std::vector<uint32_t>;
 
@@ -335,40 +321,21 @@ class Backward {
   std::vector<float> of_k_, of_v_;
 };
 
-Attention described(const uint16_t* q, const uint16_t* k, const uint16_t* v, const int64_t* sizes,
-                    const int64_t* strides, float scale) {
-  Attention a{{q, {}}, {k, {}}, {v, {}}, sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], scale};
-  std::copy(strides, strides + 3, a.q.strides);
-  std::copy(strides + 3, strides + 6, a.k.strides);
-  std::copy(strides + 6, strides + 9, a.v.strides);
-  return a;
-}
-
 }  // namespace
 
-// sizes: batch, heads, key heads, queries, keys, width; strides: of q, k and v, three each (batch, head, token); logs
-// may be null. Both functions return 0, or 1 where there is not enough memory.
-extern "C" int attention_bf16(const uint16_t* q, const uint16_t* k, const uint16_t* v, uint16_t* out, float* logs,
-                              const int64_t* sizes, const int64_t* strides, float scale, int64_t threads) {
-  const Attention a = described(q, k, v, sizes, strides, scale);
-  const int64_t heads = a.batch * a.heads, parts = std::min(threads, heads);
-  return in_parallel(threads, parts, [&](int64_t part) {
-    Forward forward(a, out, logs);
-    // neighbours, which share keys
-    for (int64_t i = heads * part / parts; i < heads * (part + 1) / parts; ++i) forward.head(i / a.heads, i % a.heads);
-  });
+extern "C" int64_t attention_bf16_tile() { return kTile; }
+
+// sizes and strides: as AttentionOf has them; logs may be null. Both functions return 0, or 1 where there is not enough
+// memory.
+extern "C" int attention_bf16(const uint16_t* q, const uint16_t* k, const uint16_t* v, uint16_t* out, float* logs, const int64_t* sizes,
+    const int64_t* strides, float scale, int64_t threads) {
+  const Attention a(q, k, v, sizes, strides, scale);
+  return over_heads(threads, a.batch, a.heads, [&] { return Forward(a, out, logs); });
 }
 
-extern "C" int attention_bf16_backward(const uint16_t* q, const uint16_t* k, const uint16_t* v,
-                                       const uint16_t* of_out, const float* logs, uint16_t* of_q, uint16_t* of_k,
-                                       uint16_t* of_v, const int64_t* sizes, const int64_t* strides, float scale,
-                                       int64_t threads) {
-  const Attention a = described(q, k, v, sizes, strides, scale);
+extern "C" int attention_bf16_backward(const uint16_t* q, const uint16_t* k, const uint16_t* v, const uint16_t* of_out, const float* logs, uint16_t* of_q,
+    uint16_t* of_k, uint16_t* of_v, const int64_t* sizes, const int64_t* strides, float scale, int64_t threads) {
+  const Attention a(q, k, v, sizes, strides, scale);
   const Gradients g{of_out, logs, of_q, of_k, of_v};
-  const int64_t heads = a.batch * a.key_heads, parts = std::min(threads, heads);
-  return in_parallel(threads, parts, [&](int64_t part) {
-    Backward backward(a, g);
-    for (int64_t i = heads * part / parts; i < heads * (part + 1) / parts; ++i)
-      backward.head(i / a.key_heads, i % a.key_heads);
-  });
+  return over_heads(threads, a.batch, a.key_heads, [&] { return Backward(a, g); });
 }

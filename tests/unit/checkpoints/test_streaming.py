@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from compressed import StopAfter, Stopped, calibration_text, files_of, run, stored_tensors
+from ctp_kernels.arithmetic import fast_arithmetic
 from safetensors.torch import save_file
 from tiny_models import FAMILIES, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, LlamaConfig
@@ -63,15 +64,16 @@ def compressed_whole(model: Path, text: Path, **settings: Any) -> dict[str, torc
     network = load_model(model)
     blocks = find_blocks(network)
     rule: SolverRule = solver_rule(section, [layer for block in blocks for layer in block.layers])
-    state = start_walk(network, blocks, [(ids_NT, None)])
-    full_state = WalkState(list(state.hidden_BTD), state.calls, state.keep_BT)
-    for block in blocks:
-        sets, full = shared_inputs(block, state), None
-        if section.target == "full":
-            before = copy_of(block)
-            writers = residual_writers(before, full_state, shared_inputs(before, full_state))
-            full = FullBlock(before, full_state, [layer.name for layer in writers])
-        compress_block(block, state, rule, sets, true_sequential=section.true_sequential, full=full)
+    with fast_arithmetic():
+        state = start_walk(network, blocks, [(ids_NT, None)])
+        full_state = WalkState(list(state.hidden_BTD), state.calls, state.keep_BT)
+        for block in blocks:
+            sets, full = shared_inputs(block, state), None
+            if section.target == "full":
+                before = copy_of(block)
+                writers = residual_writers(before, full_state, shared_inputs(before, full_state))
+                full = FullBlock(before, full_state, [layer.name for layer in writers])
+            compress_block(block, state, rule, sets, true_sequential=section.true_sequential, full=full)
     return network.state_dict()
 
 

@@ -1,10 +1,14 @@
 """Products and attention that take another way on this processor are the same products and attention."""
 
+import os
+
 import pytest
 import torch
 from ctp_kernels import arithmetic
+from ctp_kernels.prefix import cache_keyword
 from torch import nn
 from torch.nn import functional
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 
 @pytest.fixture
@@ -29,15 +33,27 @@ def test_where_no_kernel_fits_attention_in_float32_is_nearer_to_float64_and_keep
     assert (ours.double() - exact).abs().mean() < (plain.double() - exact).abs().mean()
 
 
-def test_attention_is_left_alone_on_processors_with_amx(monkeypatch: pytest.MonkeyPatch) -> None:
-    marked = torch.full((1, 2, 9, 64), 7.0).bfloat16()
+@pytest.mark.parametrize(
+    ("dtype", "features", "products", "replaced"),
+    [
+        (torch.bfloat16, {"amx_bf16"}, True, False),
+        (torch.bfloat16, {"avx2"}, True, True),
+        (torch.bfloat16, {"avx2"}, False, True),
+        (torch.float32, {"amx_bf16"}, True, True),
+        (torch.float64, {"avx2"}, True, False),
+    ],
+)
+def test_attention_is_left_alone_where_pytorchs_is_the_fastest(
+    dtype: torch.dtype, features: set[str], products: bool, replaced: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    marked = torch.full((1, 2, 9, 64), 7.0).to(dtype)
     monkeypatch.setattr(arithmetic, "causal_attention", lambda *_: marked)
-    q = torch.randn(1, 2, 9, 64).bfloat16()
-    for features, replaced in ((frozenset({"amx_bf16"}), False), (frozenset(), False), (frozenset({"avx2"}), True)):
-        monkeypatch.setattr(arithmetic, "cpu_features", lambda features=features: features)
-        with arithmetic.fast_arithmetic():
-            made = functional.scaled_dot_product_attention(q, q, q, is_causal=True)
-        assert (made is marked) == replaced
+    monkeypatch.setattr(arithmetic, "cpu_features", lambda: frozenset(features))
+    monkeypatch.setattr(arithmetic, "_has_products", lambda dtype: products)
+    q = torch.randn(1, 2, 9, 64).to(dtype)
+    with arithmetic.fast_arithmetic():
+        made = functional.scaled_dot_product_attention(q, q, q, is_causal=True)
+    assert (made is marked) == replaced
 
 
 @pytest.fixture(params=[False, True], ids=["without bf16 products", "with"])
@@ -112,7 +128,8 @@ def test_the_kernel_is_given_plain_causal_attention_only(scale: float | None, mo
         assert functional.scaled_dot_product_attention(q, q, q, is_causal=True, scale=scale) is marked
         functional.scaled_dot_product_attention(q, q, q, scale=scale)
         functional.scaled_dot_product_attention(q, q, q, attn_mask=torch.ones(9, 9, dtype=torch.bool), scale=scale)
-        functional.scaled_dot_product_attention(q.float(), q.float(), q.float(), is_causal=True, scale=scale)
+        functional.scaled_dot_product_attention(q.double(), q.double(), q.double(), is_causal=True, scale=scale)
+        functional.scaled_dot_product_attention(q, q, q, is_causal=True, dropout_p=0.5, scale=scale)
     assert calls == [scale or 0.125]
 
 
@@ -159,3 +176,48 @@ def test_gradients_go_through_whichever_attention_is_taken() -> None:
             functional.scaled_dot_product_attention(q, k, v, is_causal=True).float().square().sum().backward()
         for made, wanted in zip((q, k, v), exact, strict=True):
             assert (made.grad.double() - wanted.grad).norm() <= 0.02 * wanted.grad.norm()
+
+
+def test_shared_keys_and_values_are_handed_over_once_and_the_setting_is_put_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=64,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    model, heads = LlamaForCausalLM(config).eval(), []
+    attend = arithmetic.causal_attention
+    monkeypatch.setattr(
+        arithmetic,
+        "causal_attention",
+        lambda q, k, v, scale: (heads.append((q.shape[1], k.shape[1])), attend(q, k, v, scale))[1],
+    )
+    ids, prefix = torch.arange(20).view(2, 10), DynamicCache()
+    monkeypatch.setenv(arithmetic._UNREPEATED, "0")
+    keyword = cache_keyword(model)
+    with torch.no_grad():
+        wanted = model(ids).logits
+        with arithmetic.fast_arithmetic():
+            with arithmetic.fast_arithmetic():
+                model(ids[:, :3], **{keyword: prefix, "use_cache": True})
+            made = model(ids[:, 3:], **{keyword: prefix}).logits
+    assert heads == [(4, 2)] * 2
+    assert os.environ[arithmetic._UNREPEATED] == "0"
+    torch.testing.assert_close(made, wanted[:, 3:], rtol=1e-4, atol=1e-5)
+
+
+def test_keys_shared_under_another_mask_are_repeated_for_pytorch() -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, heads, 9, 16, generator=generator) for heads in (6, 2, 2))
+    mask = torch.rand(9, 9, generator=generator) < 0.7
+    mask.fill_diagonal_(True)
+    wanted = functional.scaled_dot_product_attention(
+        q.double(), k.double(), v.double(), attn_mask=mask, enable_gqa=True
+    )
+    with arithmetic.fast_arithmetic():
+        made = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+    torch.testing.assert_close(made, wanted.float(), rtol=1e-5, atol=1e-6)

@@ -34,6 +34,7 @@ pytestmark = [
 EMULATION = Path(__file__).resolve().parents[2] / "emulation"
 LEVELS = {
     "attention_bf16": [AVX512_BF16],
+    "attention_f32": [AVX512, AVX2],
     "descent": [AVX512_BF16, AVX512, AVX2],
     "gram_bf16": [AVX512_BF16],
     "packed": [AVX512_VNNI, AVX2_F16C],
