@@ -135,12 +135,13 @@ def _measure(
 
 
 def _tune(shapes: Sequence[LayerShape], device: str, generator: torch.Generator, progress: Progress) -> None:
-    progress.start("tuning", len(shapes) * len(KINDS))
+    weights = [
+        from_parts(rooflines.random_layer(shape, kind, generator, device=device), layout=kind)
+        for shape in shapes
+        for kind in KINDS
+    ]
+    progress.start("tuning", len(weights))
     try:
-        for shape in shapes:
-            for kind in KINDS:
-                weight = from_parts(rooflines.random_layer(shape, kind, generator, device=device), layout=kind)
-                path = tune(weight, batches=rooflines.BATCHES)
-                progress.advance(note=f"{shape}, {kind}: {path.name}")
+        tune(weights, batches=rooflines.BATCHES, on_layer=lambda layer: progress.advance(note=layer))
     finally:
         progress.finish()

@@ -122,10 +122,29 @@ class _Product:
     def sample_s(self, x_MK: Tensor, repeats: int) -> float:
         """Seconds per product, over `repeats` of them."""
         start, end = _clock(x_MK.device)
+        self._repeat(x_MK, repeats)
+        return end(start) / repeats
+
+    def sampler(self, x_MK: Tensor, repeats: int) -> Callable[[], float]:
+        """`sample_s` of these; on a GPU all copies' products at least, as a graph: launching them takes no time then."""
+        if x_MK.device.type != "cuda":
+            return functools.partial(self.sample_s, x_MK, repeats)
+        repeats = max(repeats, len(self.copies))
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self._repeat(x_MK, repeats)
+
+        def sample_s() -> float:
+            start, end = _clock(x_MK.device)
+            graph.replay()
+            return end(start) / repeats
+
+        return sample_s
+
+    def _repeat(self, x_MK: Tensor, repeats: int) -> None:
         for _ in range(repeats):
             self.run(x_MK, self.copies[self.turn % len(self.copies)])
             self.turn += 1
-        return end(start) / repeats
 
 
 @torch.no_grad()
@@ -142,7 +161,7 @@ def measure(
 
     On the CPU: bfloat16 and float32 `F.linear`, `torch.mv` for one row, PyTorch's int4 product, and ours with dense
     codes, 2:4, 8:16 and a bitmap of half of the weights, on bfloat16 and with x in 8 bits; ONNX Runtime's int4 product
-    where onnxruntime and onnx are installed. On a GPU: float16 `F.linear` and ours.
+    where onnxruntime and onnx are installed. On a GPU: float16 `F.linear`, PyTorch's int4 product on bfloat16, and ours.
     `generator` is one of the CPU's. `on_run` is called `len(shapes) * len(batches) * (rounds + 1)` times.
     """
     where, caches = torch.device(device), cache_bytes(device)
@@ -164,7 +183,7 @@ def measure(
             bandwidths += [2 * copied / s / 1e9 for s in copies_s]
             found += [_row(shape, rows, product, seconds[product.name], bandwidth.median) for product in taking]
     if where.type == "cuda":
-        notes.add("times of short products on a GPU are those of launching them")
+        notes.add("products are replayed as graphs: the time of launching them is left out")
     elif not onnx_product.available():
         notes.add("ONNX Runtime was left out: onnxruntime and onnx are not both installed")
     return RooflineReport(
@@ -261,10 +280,10 @@ def _products(shape: LayerShape, device: torch.device, caches: int, generator: t
     if device.type == "cpu":
         products.append(plain(_MV, half, lambda x, weight: torch.mv(weight, x[0])))
         products.append(plain("fp32 F.linear", torch.float32, functional.linear))
-        if shape.outputs % 16 == 0 and shape.group_size in (32, 64, 128):
-            products.append(_int4(shape, caches, generator))
-            if onnx_product.available():
-                products.append(_onnx(shape, caches, generator))
+    if shape.outputs % 16 == 0 and shape.group_size in (32, 64, 128):
+        products.append(_int4(shape, device, caches, generator))
+        if device.type == "cpu" and onnx_product.available():
+            products.append(_onnx(shape, caches, generator))
     for kind in KINDS:
         parts = random_layer(shape, kind, generator, device=device)
         size = stored_bytes(parts)
@@ -276,13 +295,20 @@ def _products(shape: LayerShape, device: torch.device, caches: int, generator: t
     return products
 
 
-def _int4(shape: LayerShape, caches: int, generator: torch.Generator) -> _Product:
-    codes_NK = torch.randint(0, 16, (shape.outputs, shape.inputs), dtype=torch.int32, generator=generator)
-    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes_NK, 1)
-    grid_GN2 = torch.rand(shape.inputs // shape.group_size, shape.outputs, 2, generator=generator).bfloat16()
+def _int4(shape: LayerShape, device: torch.device, caches: int, generator: torch.Generator) -> _Product:
+    aten = torch.ops.aten
+    if device.type == "cpu":
+        codes_NK = torch.randint(0, 16, (shape.outputs, shape.inputs), dtype=torch.int32, generator=generator)
+        packed, multiply = aten._convert_weight_to_int4pack_for_cpu(codes_NK, 1), aten._weight_int4pack_mm_for_cpu
+    else:
+        codes_NB = torch.randint(0, 256, (shape.outputs, shape.inputs // 2), dtype=torch.uint8, generator=generator)
+        # the most tiles of 16 inputs at once that divide them
+        tiles = next(count for count in (8, 4, 2) if shape.inputs % (16 * count) == 0)
+        packed, multiply = aten._convert_weight_to_int4pack(codes_NB.to(device), tiles), aten._weight_int4pack_mm
+    grid_GN2 = torch.rand(shape.inputs // shape.group_size, shape.outputs, 2, generator=generator)
+    grid_GN2 = grid_GN2.to(device, torch.bfloat16)
     size = packed.nbytes + grid_GN2.nbytes
     copies = _copies((packed, grid_GN2), size, caches)
-    multiply = torch.ops.aten._weight_int4pack_mm_for_cpu
     return _Product(
         *("bf16 torch int4", size, torch.bfloat16, copies),
         lambda x, weight: multiply(x, weight[0], shape.group_size, weight[1]),
@@ -315,26 +341,24 @@ def _rounds(
     on_round: Callable[[], None],
 ) -> tuple[dict[str, list[float]], list[float]]:
     """Seconds of every product in every round, and of copying `source`."""
-    inputs = {product.name: x_MK.to(product.dtype) for product in products}
-    repeats = {}
-    for product in products:
+    inputs = {copying.name: source, **{product.name: x_MK.to(product.dtype) for product in products}}
+    samplers = {}
+    for product in [copying, *products]:
         for weight in product.copies:
             if isinstance(weight, dispatch.Weight):  # in whatever form fewer or more rows have left it
                 weight.restore()
                 weight.form_for(product.dtype, len(x_MK))
         product.sample_s(inputs[product.name], 1)
         warm_s = product.sample_s(inputs[product.name], 1)
-        repeats[product.name] = max(1, min(1000, int(_SAMPLE_S / max(warm_s, 1e-7))))
-    copying.sample_s(source, 1)
+        repeats = max(1, min(1000, int(_SAMPLE_S / max(warm_s, 1e-7))))
+        samplers[product.name] = product.sampler(inputs[product.name], repeats)
     on_round()
-    seconds: dict[str, list[float]] = {product.name: [] for product in products}
-    copies_s = []
+    seconds: dict[str, list[float]] = {name: [] for name in samplers}
     for _ in range(rounds):
-        copies_s.append(copying.sample_s(source, 1))
-        for product in products:
-            seconds[product.name].append(product.sample_s(inputs[product.name], repeats[product.name]))
+        for name, sample_s in samplers.items():
+            seconds[name].append(sample_s())
         on_round()
-    return seconds, copies_s
+    return seconds, seconds.pop(copying.name)
 
 
 def _row(shape: LayerShape, rows: int, product: _Product, seconds: Sequence[float], copy_gb_per_s: float) -> ProductRow:

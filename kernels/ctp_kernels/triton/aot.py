@@ -8,6 +8,7 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import torch
 
 from ctp_kernels.triton.config import Config, Device, default
 from ctp_kernels.triton.layouts import PackedWeight, pack
-from ctp_kernels.triton.ops import gradient_tile, operands, options
+from ctp_kernels.triton.ops import constants, gradient_tile, operands, options
 
 TARGETS = {
     "sm_80": Device("A100", (8, 0), 108),
@@ -85,10 +86,12 @@ def compile_forward(
 
     config = default(batch, weight, TARGETS[target]) if config is None else config
     x = torch.empty(1, dtype=dtype, device="meta")
-    y = x if config.splits == 1 else x.float()
-    sizes = {"SPLITS": config.splits, "BM": config.block_m, "BN": config.block_n, "SCALE_AFTER": weight.scales_segments}
-    tensors = {"x": x, "y": y, **operands(weight)}
-    return _compile(forward, weight, tensors, sizes, target, options(config.warps, config.stages))
+    split = config.splits > 1
+    counts = torch.empty(1, dtype=torch.int32, device="meta")
+    tensors = {"x": x, "y": x, "sums": x.float() if split else None, "arrived": counts if split else None}
+    return _compile(
+        forward, tensors | operands(weight), constants(weight, config), target, options(config.warps, config.stages)
+    )
 
 
 def compile_gradient(weight: PackedWeight, target: str, *, dtype: torch.dtype = torch.float16) -> Compiled:
@@ -97,15 +100,15 @@ def compile_gradient(weight: PackedWeight, target: str, *, dtype: torch.dtype = 
 
     x = torch.empty(1, dtype=dtype, device="meta")
     block_m, block_n, places = gradient_tile(64, weight)
-    sizes = {"PLANES": weight.planes, "BM": block_m, "BN": block_n, "BU": places}
-    return _compile(input_gradient, weight, {"gy": x, "gx": x, **operands(weight)}, sizes, target, options(4, 2))
+    fixed = {"LAYOUT": weight.layout, "BITS": weight.bits, "GROUP": weight.group_size, "BLOCK": weight.block}
+    fixed |= {"PLANES": weight.planes, "BM": block_m, "BN": block_n, "BU": places}
+    return _compile(input_gradient, {"gy": x, "gx": x, **operands(weight)}, fixed, target, options(4, 2))
 
 
 def _compile(
     kernel: Any,
-    weight: PackedWeight,
-    tensors: dict[str, torch.Tensor | None],
-    sizes: dict[str, int],
+    tensors: Mapping[str, torch.Tensor | None],
+    fixed: Mapping[str, Any],
     target: str,
     settings: dict[str, Any],
 ) -> Compiled:
@@ -113,22 +116,20 @@ def _compile(
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    constants: dict[str, Any] = {"LAYOUT": weight.layout, "BITS": weight.bits, "GROUP": weight.group_size}
-    constants |= {"BLOCK": weight.block, **sizes}
-    constants |= {name: None for name, x in tensors.items() if x is None}
+    settled = {**fixed, **{name: None for name, x in tensors.items() if x is None}}
     names = kernel.arg_names
     signature = {}
     for name in names:
         x = tensors.get(name)
-        signature[name] = "constexpr" if name in constants else "i32" if x is None else f"*{_POINTERS[x.dtype]}"
+        signature[name] = "constexpr" if name in settled else "i32" if x is None else f"*{_POINTERS[x.dtype]}"
     # what the launcher finds out by itself: sizes of layers and addresses are multiples of 16
-    aligned = [index for index, name in enumerate(names) if name not in constants and name != "batch"]
+    aligned = [index for index, name in enumerate(names) if name not in settled and name not in ("batch", "splits")]
     gpu = GPUTarget("hip", target, 64) if target.startswith("gfx") else GPUTarget("cuda", int(target[3:]), 32)
     found = triton.compile(
         ASTSource(
             fn=kernel,
             signature=signature,
-            constexprs={(names.index(name),): value for name, value in constants.items()},
+            constexprs={(names.index(name),): value for name, value in settled.items()},
             attrs={(index,): [["tt.divisibility", 16]] for index in aligned},
         ),
         target=gpu,

@@ -22,10 +22,12 @@ SEGMENT = tl.constexpr(128)
 """Inputs whose planes are added up before scaling, where a layout has planes that short."""
 
 
-@triton.jit(do_not_specialize=["batch"])
+@triton.jit(do_not_specialize=["batch", "splits"])
 def forward(
     x,
     y,
+    sums,
+    arrived,
     codes,
     high,
     mask,
@@ -37,16 +39,20 @@ def forward(
     outputs,
     padded_outputs,
     padded_inputs,
+    splits,
     LAYOUT: tl.constexpr,
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
     SCALE_AFTER: tl.constexpr,
-    SPLITS: tl.constexpr,
     BLOCK: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """One tile of y (batch, outputs), or of y (SPLITS, batch, outputs) float32 whose sum is the result."""
+    """One tile of y (batch, outputs). sums None: one program sums up a tile.
+
+    Else `splits` programs share its inputs. Each leaves its part in sums (splits, batch, outputs) float32; the one that
+    arrives last, by the tile's count in `arrived`, adds them up in their order and leaves the count at 0 again.
+    """
     DTYPE: tl.constexpr = x.dtype.element_ty
     first_row = tl.program_id(0) * BN
     tokens_M = tl.program_id(1) * BM + tl.arange(0, BM)
@@ -58,7 +64,7 @@ def forward(
     rows_N = first_row + tl.arange(0, BN)
     inputs, grid, sizes = (x_1M, seen_1M), (scales, zeros), (padded_outputs, padded_inputs)
     sum_NM = tl.zeros((BN, BM), tl.float32)
-    for block in tl.range(split * blocks // SPLITS, (split + 1) * blocks // SPLITS):
+    for block in tl.range(split * blocks // splits, (split + 1) * blocks // splits):
         tile = (block, padded_outputs.to(tl.int64) * block + first_row, rows_N)
         if LAYOUT == "dense":
             sum_NM = _dense(
@@ -77,8 +83,22 @@ def forward(
                 sum_NM, inputs, (codes, mask, starts, rows), grid, tile, sizes, BITS, GROUP, SCALE_AFTER, BLOCK, BN,
                 DTYPE,
             )  # fmt: skip
-    y_NM = y + ((split * batch + tokens_M).to(tl.int64) * outputs)[None, :] + rows_N[:, None]
-    tl.store(y_NM, sum_NM.to(y.dtype.element_ty), mask=seen_1M & (rows_N < outputs)[:, None])
+    at_NM = (tokens_M.to(tl.int64) * outputs)[None, :] + rows_N[:, None]
+    there_NM = seen_1M & (rows_N < outputs)[:, None]
+    if sums is None:
+        tl.store(y + at_NM, sum_NM.to(DTYPE), mask=there_NM)
+    else:
+        of_split = batch.to(tl.int64) * outputs
+        tl.store(sums + split * of_split + at_NM, sum_NM, mask=there_NM)
+        tl.debug_barrier()  # one thread tells the others' programs of what all threads have stored
+        count = arrived + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+        if tl.atomic_add(count, 1, sem="acq_rel") == splits - 1:
+            total_NM = tl.zeros((BN, BM), tl.float32)
+            for other in range(splits):
+                # .cg: from the cache that all programs share
+                total_NM += tl.load(sums + other * of_split + at_NM, mask=there_NM, other=0.0, cache_modifier=".cg")
+            tl.store(y + at_NM, total_NM.to(DTYPE), mask=there_NM)
+            tl.store(count, 0)
 
 
 @triton.jit

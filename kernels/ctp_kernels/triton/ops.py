@@ -111,17 +111,51 @@ def _forward(x_MK: Tensor, weight: PackedWeight, config: Config | None) -> Tenso
     if weight.padded_outputs % config.block_n or config.splits > weight.padded_inputs // weight.block:
         raise ValueError(f"{config}: block_n divides {weight.padded_outputs}, splits are no more than blocks of inputs")
     x_MK = laid_out(x_MK, weight)
-    sums = y_MN if config.splits == 1 else x_MK.new_empty(config.splits, *y_MN.shape, dtype=torch.float32)
     grid = (weight.padded_outputs // config.block_n, -(-batch // config.block_m), config.splits)
+    sums, arrived = None, None
+    if config.splits > 1:
+        sums = x_MK.new_empty(config.splits, *y_MN.shape, dtype=torch.float32)
+        arrived = _counts(x_MK.device, grid[0] * grid[1])
     with _on(x_MK):
         forward.forward[grid](
-            x_MK, sums, *operands(weight).values(), batch, weight.outputs, weight.padded_outputs, weight.padded_inputs,
-            LAYOUT=weight.layout, BITS=weight.bits, GROUP=weight.group_size, SCALE_AFTER=weight.scales_segments,
-            SPLITS=config.splits, BLOCK=weight.block, BM=config.block_m, BN=config.block_n,
-            **options(config.warps, config.stages),
+            x_MK, y_MN, sums, arrived, *operands(weight).values(),
+            batch, weight.outputs, weight.padded_outputs, weight.padded_inputs, config.splits,
+            **constants(weight, config), **options(config.warps, config.stages),
         )  # fmt: skip
-    # partial sums are added in a fixed order: the same inputs give the same bits
-    return y_MN if config.splits == 1 else sums.sum(0).to(x_MK.dtype)
+    return y_MN
+
+
+def constants(weight: PackedWeight, config: Config) -> dict[str, Any]:
+    """What the forward kernel is compiled for, beside the types of its operands."""
+    return {
+        "LAYOUT": weight.layout,
+        "BITS": weight.bits,
+        "GROUP": weight.group_size,
+        "SCALE_AFTER": weight.scales_segments,
+        "BLOCK": weight.block,
+        "BM": config.block_m,
+        "BN": config.block_n,
+    }
+
+
+_COUNTS: dict[tuple[torch.device, int], list[Tensor]] = {}
+_GRAPHS = -1
+"""Stands for a stream: that of graphs, which are replayed one after the other, as memory pools they share demand."""
+
+
+def _counts(device: torch.device, tiles: int) -> Tensor:
+    """Zeros (tiles or more,) int32, which kernels leave at 0; for each stream its own, since streams run at once."""
+    if device.type != "cuda":
+        return torch.zeros(tiles, dtype=torch.int32, device=device)
+    if torch.cuda.is_current_stream_capturing():
+        # memory that is taken here would be written when the graph is replayed, and not before
+        made = _COUNTS.get((device, _GRAPHS), [])
+        return made[-1] if made and len(made[-1]) >= tiles else torch.zeros(tiles, dtype=torch.int32, device=device)
+    for stream in (_GRAPHS, torch.cuda.current_stream(device).cuda_stream):
+        made = _COUNTS.setdefault((device, stream), [])
+        if not made or len(made[-1]) < tiles:
+            made.append(torch.zeros(max(tiles, 1 << 14), dtype=torch.int32, device=device))  # graphs may use the others
+    return made[-1]
 
 
 def gradient_tile(batch: int, weight: PackedWeight) -> tuple[int, int, int]:
