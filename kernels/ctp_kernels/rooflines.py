@@ -126,7 +126,7 @@ class _Product:
         return end(start) / repeats
 
     def sampler(self, x_MK: Tensor, repeats: int) -> Callable[[], float]:
-        """`sample_s` of these; on a GPU all copies' products at least, as a graph: launching them takes no time then."""
+        """`sample_s` of these; on a GPU as a graph, so that launching takes no time, of all copies' products at least."""
         if x_MK.device.type != "cuda":
             return functools.partial(self.sample_s, x_MK, repeats)
         repeats = max(repeats, len(self.copies))
@@ -161,7 +161,7 @@ def measure(
 
     On the CPU: bfloat16 and float32 `F.linear`, `torch.mv` for one row, PyTorch's int4 product, and ours with dense
     codes, 2:4, 8:16 and a bitmap of half of the weights, on bfloat16 and with x in 8 bits; ONNX Runtime's int4 product
-    where onnxruntime and onnx are installed. On a GPU: float16 `F.linear`, PyTorch's int4 product on bfloat16, and ours.
+    where onnxruntime and onnx are installed. On a GPU: float16 `F.linear`, PyTorch's int4 product on bfloat16, ours.
     `generator` is one of the CPU's. `on_run` is called `len(shapes) * len(batches) * (rounds + 1)` times.
     """
     where, caches = torch.device(device), cache_bytes(device)
