@@ -126,7 +126,7 @@ class _Product:
         return end(start) / repeats
 
     def sampler(self, x_MK: Tensor, repeats: int) -> Callable[[], float]:
-        """`sample_s` of these; on a GPU as a graph, so that launching takes no time, of all copies' products at least."""
+        """`sample_s` of these; on a GPU as a graph, so that launching takes no time, and all copies' products."""
         if x_MK.device.type != "cuda":
             return functools.partial(self.sample_s, x_MK, repeats)
         repeats = max(repeats, len(self.copies))
