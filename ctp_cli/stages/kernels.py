@@ -136,9 +136,7 @@ def _measure(
 
 def _tune(shapes: Sequence[LayerShape], device: str, generator: torch.Generator, progress: Progress) -> None:
     weights = [
-        from_parts(rooflines.random_layer(shape, kind, generator, device=device), layout=kind)
-        for shape in shapes
-        for kind in KINDS
+        from_parts(rooflines.random_layer(shape, kind, generator, device=device)) for shape in shapes for kind in KINDS
     ]
     progress.start("tuning", len(weights))
     try:

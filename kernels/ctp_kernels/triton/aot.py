@@ -89,9 +89,8 @@ def compile_forward(
     split = config.splits > 1
     counts = torch.empty(1, dtype=torch.int32, device="meta")
     tensors = {"x": x, "y": x, "sums": x.float() if split else None, "arrived": counts if split else None}
-    return _compile(
-        forward, tensors | operands(weight), constants(weight, config), target, options(config.warps, config.stages)
-    )
+    fixed = constants(weight, config, dtype, nvidia=target.startswith("sm_"))
+    return _compile(forward, tensors | operands(weight), fixed, target, options(config.warps, config.stages))
 
 
 def compile_gradient(weight: PackedWeight, target: str, *, dtype: torch.dtype = torch.float16) -> Compiled:

@@ -10,7 +10,7 @@ M=batch x tokens N=outputs U=places of a plane, over as many blocks as they take
 import triton
 import triton.language as tl
 
-from ctp_kernels.triton.values import centered, popcount, popcount16, scale_tile, scaled, unit_words, window, zero_tile
+from ctp_kernels.triton.values import centered, half_unit, popcount, popcount16, scale_tile, scaled, window, zero_tile
 
 
 @triton.jit(do_not_specialize=["batch"])
@@ -108,8 +108,6 @@ def input_of(places_U, plane, LAYOUT: tl.constexpr, BLOCK: tl.constexpr, PLANES:
     block_U, within_U = places_U // PER_BLOCK, places_U % PER_BLOCK
     if LAYOUT == "dense":
         at_U = block_U * BLOCK + plane * PER_BLOCK + within_U
-    elif LAYOUT == "8:16":
-        at_U = places_U * 16 + plane
     else:
         # the first half of the planes is the first half of a block
         STRIDE: tl.constexpr = PLANES // 2
@@ -120,7 +118,7 @@ def input_of(places_U, plane, LAYOUT: tl.constexpr, BLOCK: tl.constexpr, PLANES:
 @triton.jit
 def plane_position(places_U, plane, padded_inputs, LAYOUT: tl.constexpr, BLOCK: tl.constexpr, PLANES: tl.constexpr):
     """Where `input_of` is in a row of (stride, padded_inputs / stride)."""
-    STRIDE: tl.constexpr = PLANES if LAYOUT == "8:16" else PLANES // 2
+    STRIDE: tl.constexpr = PLANES // 2
     at_U = input_of(places_U, plane, LAYOUT, BLOCK, PLANES)
     return at_U % STRIDE * (padded_inputs // STRIDE) + at_U // STRIDE
 
@@ -138,27 +136,21 @@ def plane_tile(
     block_1U, u_1U = (places_U // U)[None, :], (places_U % U)[None, :]
     row_NU = block_1U.to(tl.int64) * sizes[0] + rows_N[:, None]
     if LAYOUT == "dense":
+        # 3 bits: the low two in bytes
         LOW: tl.constexpr = 2 if BITS == 3 else BITS
-        PER_BYTE: tl.constexpr = 8 // LOW
-        q_NU = tl.load(codes + row_NU * (BLOCK // PER_BYTE) + plane // PER_BYTE * U + u_1U).to(tl.int32)
-        flipped_NU = (q_NU >> (plane % PER_BYTE * LOW)) & ((1 << LOW) - 1)
+        EACH: tl.constexpr = 4 if BITS == 3 else PLANES
+        q_NU = tl.load(codes + row_NU * (BLOCK // EACH) + plane // EACH * U + u_1U).to(tl.int32)
+        flipped_NU = (q_NU >> (plane % EACH * LOW)) & ((1 << LOW) - 1)
         if BITS == 3:
             high_NU = tl.load(high + row_NU * U + u_1U).to(tl.int32)
             flipped_NU = flipped_NU | (((high_NU >> plane) & 1) << 2)
-    elif LAYOUT == "2:4":
-        FIELD: tl.constexpr = 8 if BITS == 8 else 4
-        half, place = plane // 4, plane % 4
-        both_NU = tl.load(mask + row_NU * U + u_1U).to(tl.int32) >> (4 * half)
-        q_NU = tl.load(codes + row_NU * (2 * U) + half * U + u_1U).to(tl.int32)
-        first_NU = tl.where((both_NU & 3) == place, q_NU, 0)
-        second_NU = tl.where(((both_NU >> 2) & 3) == place, q_NU >> FIELD, 0)
-        flipped_NU = (first_NU | second_NU) & ((1 << FIELD) - 1)
     elif LAYOUT == "8:16":
-        kept_NU = tl.load(mask + row_NU * U + u_1U).to(tl.int32)
-        word_NU = unit_words(codes, high, 0, row_NU * U + u_1U, BITS)
-        rank_NU = popcount16(kept_NU & ((1 << plane) - 1))
+        half, place = plane // 8, plane % 8
+        kept_NU = (tl.load(mask + row_NU * U + u_1U).to(tl.int32) >> (8 * half)) & 255
+        word_NU = half_unit(codes, high, mask, row_NU * U, u_1U, half, U, BITS)
+        rank_NU = popcount16(kept_NU & ((1 << place) - 1))
         word_NU = (word_NU >> (rank_NU * BITS).to(word_NU.dtype)) & ((1 << BITS) - 1)
-        flipped_NU = tl.where(((kept_NU >> plane) & 1) != 0, word_NU, 0)
+        flipped_NU = tl.where(((kept_NU >> place) & 1) != 0, word_NU, 0)
     else:
         half, place = plane // 8, plane % 8
         rank_NU, kept_NU = _rank(mask, starts, row_NU, u_1U, half, place, U)

@@ -75,7 +75,7 @@ def default(batch: int, weight: PackedWeight, device: Device, element_bytes: int
     by_warpgroups = device.capability in _WARPGROUPS
     if batch > 64 and not heavy and by_warpgroups:
         block_m, warps = 128, 8  # sums are in tensor memory there, or spread over two warpgroups
-    elif heavy or block_m > 32 or (weight.layout in ("2:4", "8:16") and not by_warpgroups):
+    elif heavy or block_m > 32 or (weight.layout == "8:16" and not by_warpgroups):
         block_n = 64
     if weight.padded_outputs % block_n:
         block_m, block_n, warps = min(block_m, 64), 64, 4
@@ -109,8 +109,7 @@ def shared_bytes(config: Config, weight: PackedWeight, device: Device, element_b
     block, places = weight.block, weight.block // weight.planes
     # of a bitmap: masks, and two or three words for the codes of 8 weights
     windows = 2 + 4 * (3 if weight.bits == 8 else 2)
-    two_four = 5 if weight.bits == 8 else 3
-    bits = {"dense": weight.bits, "2:4": two_four, "8:16": weight.bits / 2 + 1, "bitmap": windows}[weight.layout]
+    bits = {"dense": weight.bits, "8:16": weight.bits / 2 + 1, "bitmap": windows}[weight.layout]
     weights = block * config.block_n * bits / 8
     tiled_grid = not weight.scales_segments and (weight.layout != "dense" or weight.group_size % places != 0)
     if tiled_grid:

@@ -11,12 +11,24 @@ Shared by the functions below: `inputs` is (x_1M, seen_1M), pointers and mask of
 (block, row, rows_N): the block of inputs, where the tile begins among all (block, output), and its outputs; `sizes` is
 (padded_outputs, padded_inputs).
 SCALE_AFTER: groups consist of whole segments, whose sums are scaled; else weights are, before they are added.
+PTX: fields are decoded two at once by instructions of NVIDIA GPUs (see `ptx`); else one by one, by what Triton has.
 """
 
 import triton
 import triton.language as tl
 
-from ctp_kernels.triton.values import centered, popcount16, scale_tile, scaled, unit_words, window, zero_tile
+from ctp_kernels.triton.ptx import dense_planes, eight_planes, eight_sixteen_planes
+from ctp_kernels.triton.values import (
+    bias,
+    centered,
+    centered_by,
+    half_unit,
+    popcount16,
+    scale_tile,
+    scaled,
+    window,
+    zero_tile,
+)
 
 SEGMENT = tl.constexpr(128)
 """Inputs whose planes are added up before scaling, where a layout has planes that short."""
@@ -44,6 +56,7 @@ def forward(
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
     SCALE_AFTER: tl.constexpr,
+    PTX: tl.constexpr,
     BLOCK: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
@@ -68,20 +81,16 @@ def forward(
         tile = (block, padded_outputs.to(tl.int64) * block + first_row, rows_N)
         if LAYOUT == "dense":
             sum_NM = _dense(
-                sum_NM, inputs, (codes, high), grid, tile, sizes, BITS, GROUP, SCALE_AFTER, BLOCK, BN, DTYPE
-            )
-        elif LAYOUT == "2:4":
-            sum_NM = _two_four(
-                sum_NM, inputs, (codes, mask), grid, tile, sizes, BITS, GROUP, SCALE_AFTER, BLOCK, BN, DTYPE
+                sum_NM, inputs, (codes, high), grid, tile, sizes, BITS, GROUP, SCALE_AFTER, PTX, BLOCK, BN, DTYPE
             )
         elif LAYOUT == "8:16":
             sum_NM = _eight_sixteen(
-                sum_NM, inputs, (codes, high, mask), grid, tile, sizes, BITS, GROUP, SCALE_AFTER, BLOCK, BN, DTYPE
+                sum_NM, inputs, (codes, high, mask), grid, tile, sizes, BITS, GROUP, SCALE_AFTER, PTX, BLOCK, BN, DTYPE
             )
         else:
             sum_NM = _bitmap(
-                sum_NM, inputs, (codes, mask, starts, rows), grid, tile, sizes, BITS, GROUP, SCALE_AFTER, BLOCK, BN,
-                DTYPE,
+                sum_NM, inputs, (codes, mask, starts, rows), grid, tile, sizes, BITS, GROUP, SCALE_AFTER, PTX, BLOCK,
+                BN, DTYPE,
             )  # fmt: skip
     at_NM = (tokens_M.to(tl.int64) * outputs)[None, :] + rows_N[:, None]
     there_NM = seen_1M & (rows_N < outputs)[:, None]
@@ -102,20 +111,9 @@ def forward(
 
 
 @triton.jit
-def _add(
-    sum_NM,
-    flipped_NU,
-    zeros_NU,
-    scale_NU,
-    inputs,
-    at_U,
-    BITS: tl.constexpr,
-    SYMMETRIC: tl.constexpr,
-    DTYPE: tl.constexpr,
-):
+def _add(sum_NM, w_NU, scale_NU, inputs, at_U, DTYPE: tl.constexpr):
     """sum + plane x^T, at_U being where the plane's inputs are in x; scale_NU None where sums are scaled."""
     x_1M, seen_1M = inputs
-    w_NU = centered(flipped_NU, zeros_NU, BITS, SYMMETRIC, DTYPE)
     if scale_NU is not None:
         w_NU = scaled(w_NU, scale_NU, DTYPE)
     x_UM = tl.load(x_1M + at_U[:, None], mask=seen_1M, other=0.0)
@@ -125,23 +123,24 @@ def _add(
 @triton.jit
 def _dense(
     sum_NM, inputs, stored, grid, tile, sizes, BITS: tl.constexpr, GROUP: tl.constexpr, SCALE_AFTER: tl.constexpr,
-    BLOCK: tl.constexpr, BN: tl.constexpr, DTYPE: tl.constexpr,
+    PTX: tl.constexpr, BLOCK: tl.constexpr, BN: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """Planar bytes: plane p, bits p * BITS of every byte, is a run of consecutive inputs."""
+    """Planes: plane p, field p of every integer, is a run of consecutive inputs."""
     codes, high = stored
     block, row, rows_N = tile
     SYMMETRIC: tl.constexpr = grid[1] is None
     LOW: tl.constexpr = 2 if BITS == 3 else BITS
-    PLANES: tl.constexpr = 8 // LOW
+    PLANES: tl.constexpr = 4 if BITS == 3 else 16 // BITS
     HALVES: tl.constexpr = 2 if BITS == 3 else 1
     U: tl.constexpr = BLOCK // (PLANES * HALVES)
+    A_SEGMENT: tl.constexpr = not SCALE_AFTER and GROUP % U == 0  # is a plane
     places_U = tl.arange(0, U)
     within_N1 = tl.arange(0, BN)[:, None]
     if BITS == 3:
         high_NU = tl.load(high + row * U + (within_N1 * U + places_U[None, :])).to(tl.int16)
     for half in tl.static_range(HALVES):
+        one = block * BLOCK + half * (BLOCK // HALVES) + tl.arange(0, 1)
         if SCALE_AFTER:
-            one = block * BLOCK + half * (BLOCK // HALVES) + tl.arange(0, 1)
             scale_N1 = scale_tile(grid, rows_N, one, sizes[0], GROUP)
             zeros_NU = zero_tile(grid, rows_N, one, sizes[0], BITS, GROUP)
             part_NM = tl.zeros_like(sum_NM)
@@ -149,63 +148,33 @@ def _dense(
             part_NM = sum_NM
         q_NU = tl.load(codes + row * (U * HALVES) + (within_N1 * (U * HALVES) + half * U + places_U[None, :]))
         q_NU = q_NU.to(tl.int16)
+        if PTX:
+            bias_NU = bias(zeros_NU if SCALE_AFTER else None, BITS, SYMMETRIC, DTYPE)
+            biased = dense_planes(q_NU, bias_NU)
         for plane in tl.static_range(PLANES):
-            flipped_NU = (q_NU >> (plane * LOW)) & ((1 << LOW) - 1)
-            if BITS == 3:
-                flipped_NU = flipped_NU | (((high_NU >> (half * PLANES + plane)) & 1) << 2)
             first = block * BLOCK + (half * PLANES + plane) * U
             at_U = first + places_U
-            if SCALE_AFTER:
-                part_NM = _add(part_NM, flipped_NU, zeros_NU, None, inputs, at_U, BITS, SYMMETRIC, DTYPE)
-            elif GROUP % U == 0:  # a plane is a segment
+            if A_SEGMENT:
                 one = first + tl.arange(0, 1)
                 scale_N1 = scale_tile(grid, rows_N, one, sizes[0], GROUP)
                 zeros_NU = zero_tile(grid, rows_N, one, sizes[0], BITS, GROUP)
-                plane_NM = _add(tl.zeros_like(sum_NM), flipped_NU, zeros_NU, None, inputs, at_U, BITS, SYMMETRIC, DTYPE)
-                part_NM = part_NM + plane_NM * scale_N1.to(tl.float32)
-            else:
+            elif not SCALE_AFTER:
                 scale_NU = scale_tile(grid, rows_N, at_U, sizes[0], GROUP)
                 zeros_NU = zero_tile(grid, rows_N, at_U, sizes[0], BITS, GROUP)
-                part_NM = _add(part_NM, flipped_NU, zeros_NU, scale_NU, inputs, at_U, BITS, SYMMETRIC, DTYPE)
-        sum_NM = sum_NM + part_NM * scale_N1.to(tl.float32) if SCALE_AFTER else part_NM
-    return sum_NM
-
-
-@triton.jit
-def _two_four(
-    sum_NM, inputs, stored, grid, tile, sizes, BITS: tl.constexpr, GROUP: tl.constexpr, SCALE_AFTER: tl.constexpr,
-    BLOCK: tl.constexpr, BN: tl.constexpr, DTYPE: tl.constexpr,
-):  # fmt: skip
-    """Two codes and two positions of every four weights: two shifts put all four fields of a word in place."""
-    codes, mask = stored
-    block, row, rows_N = tile
-    SYMMETRIC: tl.constexpr = grid[1] is None
-    FIELD: tl.constexpr = 8 if BITS == 8 else 4
-    FIELD_MASK: tl.constexpr = (1 << FIELD) - 1
-    U: tl.constexpr = BLOCK // 8
-    places_U = tl.arange(0, U)
-    within_N1 = tl.arange(0, BN)[:, None]
-    places_NU = tl.load(mask + row * U + (within_N1 * U + places_U[None, :])).to(tl.int32)
-    for half in tl.static_range(2):
-        at_U = block * (BLOCK // 4) + half * U + places_U
-        if SCALE_AFTER:
-            one = block * BLOCK + half * (BLOCK // 2) + tl.arange(0, 1)
-            scale_N1 = scale_tile(grid, rows_N, one, sizes[0], GROUP)
-            zeros_NU = zero_tile(grid, rows_N, one, sizes[0], BITS, GROUP)
-            scale_NU = None
-            part_NM = tl.zeros_like(sum_NM)
-        else:
-            scale_NU = scale_tile(grid, rows_N, at_U * 4, sizes[0], GROUP)
-            zeros_NU = zero_tile(grid, rows_N, at_U * 4, sizes[0], BITS, GROUP)
-            part_NM = sum_NM
-        q_NU = tl.load(codes + row * (2 * U) + (within_N1 * (2 * U) + half * U + places_U[None, :])).to(tl.int32)
-        first_NU = ((places_NU >> (4 * half)) & 3) * FIELD
-        second_NU = ((places_NU >> (4 * half + 2)) & 3) * FIELD
-        word_NU = ((q_NU & FIELD_MASK) << first_NU) | (((q_NU >> FIELD) & FIELD_MASK) << second_NU)
-        for place in tl.static_range(4):
-            flipped_NU = (word_NU >> (place * FIELD)) & FIELD_MASK
-            at_x_U = place * (sizes[1] // 4) + at_U
-            part_NM = _add(part_NM, flipped_NU, zeros_NU, scale_NU, inputs, at_x_U, BITS, SYMMETRIC, DTYPE)
+            if PTX:
+                w_NU = centered_by(biased[plane], bias_NU, BITS, SYMMETRIC, DTYPE)
+            else:
+                flipped_NU = (q_NU >> (plane * LOW)) & ((1 << LOW) - 1)
+                if BITS == 3:
+                    flipped_NU = flipped_NU | (((high_NU >> (half * PLANES + plane)) & 1) << 2)
+                w_NU = centered(flipped_NU, zeros_NU, BITS, SYMMETRIC, DTYPE)
+            if SCALE_AFTER:
+                part_NM = _add(part_NM, w_NU, None, inputs, at_U, DTYPE)
+            elif A_SEGMENT:
+                plane_NM = _add(tl.zeros_like(sum_NM), w_NU, None, inputs, at_U, DTYPE)
+                part_NM = part_NM + plane_NM * scale_N1.to(tl.float32)
+            else:
+                part_NM = _add(part_NM, w_NU, scale_NU, inputs, at_U, DTYPE)
         sum_NM = sum_NM + part_NM * scale_N1.to(tl.float32) if SCALE_AFTER else part_NM
     return sum_NM
 
@@ -213,57 +182,78 @@ def _two_four(
 @triton.jit
 def _consume(
     sum_NM, word_NU, kept_NU, zeros_NU, scale_NU, inputs, at_U, plane_stride,
-    PLANES: tl.constexpr, BITS: tl.constexpr, SYMMETRIC: tl.constexpr, DTYPE: tl.constexpr,
+    BITS: tl.constexpr, SYMMETRIC: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """Units of PLANES weights whose kept codes follow one another in a word: each kept weight shifts its code out."""
-    for place in tl.static_range(PLANES):
+    """Units of 8 weights whose kept codes follow one another in a word: each kept weight shifts its code out."""
+    for place in tl.static_range(8):
         is_kept_NU = ((kept_NU >> place) & 1) != 0
         flipped_NU = tl.where(is_kept_NU, word_NU & ((1 << BITS) - 1), 0)
         word_NU = tl.where(is_kept_NU, word_NU >> BITS, word_NU)
-        sum_NM = _add(
-            sum_NM, flipped_NU, zeros_NU, scale_NU, inputs, place * plane_stride + at_U, BITS, SYMMETRIC, DTYPE
-        )
+        w_NU = centered(flipped_NU, zeros_NU, BITS, SYMMETRIC, DTYPE)
+        sum_NM = _add(sum_NM, w_NU, scale_NU, inputs, place * plane_stride + at_U, DTYPE)
+    return sum_NM
+
+
+@triton.jit
+def _consume_biased(
+    sum_NM, biased, bias_NU, scale_NU, inputs, at_U, plane_stride,
+    BITS: tl.constexpr, SYMMETRIC: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """`_consume` of fields that `ptx` has decoded."""
+    for place in tl.static_range(8):
+        w_NU = centered_by(biased[place], bias_NU, BITS, SYMMETRIC, DTYPE)
+        sum_NM = _add(sum_NM, w_NU, scale_NU, inputs, place * plane_stride + at_U, DTYPE)
     return sum_NM
 
 
 @triton.jit
 def _eight_sixteen(
     sum_NM, inputs, stored, grid, tile, sizes, BITS: tl.constexpr, GROUP: tl.constexpr, SCALE_AFTER: tl.constexpr,
-    BLOCK: tl.constexpr, BN: tl.constexpr, DTYPE: tl.constexpr,
+    PTX: tl.constexpr, BLOCK: tl.constexpr, BN: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """8 codes in a word, and 16 bits that say whose they are."""
+    """8 codes of two neighbours, 8 weights each, and 8 bits for either that say whose they are."""
     codes, high, mask = stored
     block, row, rows_N = tile
     SYMMETRIC: tl.constexpr = grid[1] is None
     U: tl.constexpr = BLOCK // 16
     places_U = tl.arange(0, U)
-    within_NU = tl.arange(0, BN)[:, None] * U + places_U[None, :]
-    word_NU = unit_words(codes, high, row * U, within_NU, BITS)
-    kept_NU = tl.load(mask + row * U + within_NU).to(tl.int32)
-    at_U = block * U + places_U
-    plane_stride = sizes[1] // 16
-    if SCALE_AFTER:
-        one = block * BLOCK + tl.arange(0, 1)
-        scale_N1 = scale_tile(grid, rows_N, one, sizes[0], GROUP)
-        zeros_NU = zero_tile(grid, rows_N, one, sizes[0], BITS, GROUP)
-        part_NM = tl.zeros_like(sum_NM)
-        part_NM = _consume(
-            part_NM, word_NU, kept_NU, zeros_NU, None, inputs, at_U, plane_stride, 16, BITS, SYMMETRIC, DTYPE
-        )
-        sum_NM = sum_NM + part_NM * scale_N1.to(tl.float32)
-    else:
-        scale_NU = scale_tile(grid, rows_N, at_U * 16, sizes[0], GROUP)
-        zeros_NU = zero_tile(grid, rows_N, at_U * 16, sizes[0], BITS, GROUP)
-        sum_NM = _consume(
-            sum_NM, word_NU, kept_NU, zeros_NU, scale_NU, inputs, at_U, plane_stride, 16, BITS, SYMMETRIC, DTYPE
-        )
+    within_N1 = tl.arange(0, BN)[:, None]
+    both_NU = tl.load(mask + row * U + (within_N1 * U + places_U[None, :]))
+    plane_stride = sizes[1] // 8
+    for half in tl.static_range(2):
+        at_U = block * (2 * U) + half * U + places_U
+        if SCALE_AFTER:
+            one = block * BLOCK + half * (BLOCK // 2) + tl.arange(0, 1)
+            scale_N1 = scale_tile(grid, rows_N, one, sizes[0], GROUP)
+            zeros_NU = zero_tile(grid, rows_N, one, sizes[0], BITS, GROUP)
+            scale_NU = None
+            part_NM = tl.zeros_like(sum_NM)
+        else:
+            scale_NU = scale_tile(grid, rows_N, at_U * 8, sizes[0], GROUP)
+            zeros_NU = zero_tile(grid, rows_N, at_U * 8, sizes[0], BITS, GROUP)
+            part_NM = sum_NM
+        if PTX:
+            halves = codes.to(tl.pointer_type(tl.int16)) + row * (2 * U)
+            word_NU = tl.load(halves + (within_N1 * (2 * U) + half * U + places_U[None, :]))
+            bias_NU = bias(zeros_NU, BITS, SYMMETRIC, DTYPE)
+            biased = eight_sixteen_planes(word_NU, both_NU, bias_NU, half)
+            part_NM = _consume_biased(
+                part_NM, biased, bias_NU, scale_NU, inputs, at_U, plane_stride, BITS, SYMMETRIC, DTYPE
+            )
+        else:
+            word_NU = half_unit(codes, high, mask, row * U + within_N1 * U, places_U[None, :], half, U, BITS)
+            kept_NU = (both_NU.to(tl.int32) >> (8 * half)) & 255
+            part_NM = _consume(
+                part_NM, word_NU, kept_NU, zeros_NU, scale_NU, inputs, at_U, plane_stride, BITS, SYMMETRIC, DTYPE
+            )
+        sum_NM = sum_NM + part_NM * scale_N1.to(tl.float32) if SCALE_AFTER else part_NM
     return sum_NM
 
 
 @triton.jit
 def _bitmap(
     sum_NM, inputs, stored, grid, tile, sizes, BITS: tl.constexpr, GROUP: tl.constexpr, SCALE_AFTER: tl.constexpr,
-    BLOCK: tl.constexpr, BN: tl.constexpr, DTYPE: tl.constexpr,
+    PTX: tl.constexpr, BLOCK: tl.constexpr, BN: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """Any mask: where the codes of 8 weights begin is counted from the start of their half block; loads bring them."""
     codes, mask, starts, rows = stored
@@ -274,6 +264,7 @@ def _bitmap(
     within_N1 = tl.arange(0, BN)[:, None]
     words_N1 = codes + tl.load(rows + rows_N)[:, None]
     both_NU = tl.load(mask + row * U + (within_N1 * U + places_U[None, :])).to(tl.int32)
+    plane_stride = sizes[1] // 8
     for half in tl.static_range(2):
         at_U = block * (2 * U) + half * U + places_U
         kept_NU = (both_NU >> (8 * half)) & 255
@@ -291,8 +282,15 @@ def _bitmap(
             scale_NU = scale_tile(grid, rows_N, at_U * 8, sizes[0], GROUP)
             zeros_NU = zero_tile(grid, rows_N, at_U * 8, sizes[0], BITS, GROUP)
             part_NM = sum_NM
-        part_NM = _consume(
-            part_NM, word_NU, kept_NU, zeros_NU, scale_NU, inputs, at_U, sizes[1] // 8, 8, BITS, SYMMETRIC, DTYPE
-        )
+        if PTX:
+            bias_NU = bias(zeros_NU, BITS, SYMMETRIC, DTYPE)
+            biased = eight_planes(word_NU.to(tl.int32, bitcast=True), kept_NU.to(tl.int16), bias_NU)
+            part_NM = _consume_biased(
+                part_NM, biased, bias_NU, scale_NU, inputs, at_U, plane_stride, BITS, SYMMETRIC, DTYPE
+            )
+        else:
+            part_NM = _consume(
+                part_NM, word_NU, kept_NU, zeros_NU, scale_NU, inputs, at_U, plane_stride, BITS, SYMMETRIC, DTYPE
+            )
         sum_NM = sum_NM + part_NM * scale_N1.to(tl.float32) if SCALE_AFTER else part_NM
     return sum_NM

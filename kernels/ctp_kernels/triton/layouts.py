@@ -4,16 +4,15 @@ Inputs are cut into blocks, and all outputs of a block lie together: (blocks, N,
 is one run of memory. Every stored field is `code ^ zero`, 0 for a pruned weight (see `values`). Inputs are padded to
 whole blocks, and outputs to a multiple of 64, with pruned weights of scale 0.
 
-- dense: the 8 / b planes of a block are consecutive runs of its inputs, and field p of byte u is input u of plane p.
+- dense: the 16 / b planes of a block are consecutive runs of its inputs, and field p of int16 u is input u of plane p.
   3 bits: two bytes of 2-bit fields, each for one half of a block, and one byte of 1-bit fields (`high`) for 8 inputs.
-- 2:4: per four inputs two fields (`codes`, 4 bits each, or 8 for 8-bit codes; fewer bits are stored in 4) and two
-  positions (`mask`, 4 bits). Low halves of `mask` belong to the first 128 inputs of a block, high ones to the others.
-- 8:16: per 16 inputs 8 fields in one integer (`codes`; 3 bits: 16 bits there and 8 in `high`) and 16 bits of `mask`.
-- bitmap: `mask` int16 holds 8 bits of each half of a block; `codes` int32 holds the fields of an output's kept weights
-  one after the other, and `starts` (blocks, N, 2) how many come before each half block; an output begins at word
-  `rows` of `codes`.
+- 8:16, and 2:4 with it: per 16 inputs 8 fields in one integer (`codes`; 3 bits: 16 bits there and 8 in `high`). 4 bits:
+  byte k is fields k and k + 4, so that one mask makes bytes of four fields. `mask` as below.
+- bitmap: `mask` int16 u holds the bits of unit u, 8 inputs, of each half of a block; `codes` int32 holds the fields of
+  an output's kept weights one after the other, and `starts` (blocks, N, 2) how many come before each half block; an
+  output begins at word `rows` of `codes`.
 
-Bits per weight without scales: dense b; 2:4 3 (4 bits), 5 (8 bits); 8:16 b / 2 + 1; bitmap b * density + 1.125.
+Bits per weight without scales: dense b; 8:16 b / 2 + 1; bitmap b * density + 1.125.
 
 N=outputs K=inputs G=groups B=blocks U=units of a block
 """
@@ -26,7 +25,7 @@ from torch import Tensor
 
 from ctp_kernels import ragged, reference
 
-LAYOUTS = ("dense", "2:4", "8:16", "bitmap")
+LAYOUTS = ("dense", "8:16", "bitmap")
 BITS = (2, 3, 4, 8)
 _ROWS = 64
 _LONGEST = 65535
@@ -71,19 +70,19 @@ class PackedWeight:
     @property
     def stride(self) -> int:
         """Inputs of one plane are this far apart in a row of x."""
-        return {"dense": 1, "2:4": 4, "8:16": 16, "bitmap": 8}[self.layout]
+        return 1 if self.layout == "dense" else 8
 
     @property
     def planes(self) -> int:
         """Tiles of weights that a block consists of."""
         if self.layout == "dense":
-            return 8 if self.bits == 3 else 8 // self.bits
-        return {"2:4": 8, "8:16": 16, "bitmap": 16}[self.layout]
+            return 8 if self.bits == 3 else 16 // self.bits
+        return 16
 
     @property
     def scales_segments(self) -> bool:
         """Whether groups are whole segments of inputs, whose sums can be scaled instead of their weights."""
-        return self.group_size % (self.block if self.layout == "8:16" else 128) == 0
+        return self.group_size % 128 == 0
 
     @property
     def weight_bytes(self) -> int:
@@ -101,8 +100,6 @@ class PackedWeight:
 
 def block_of(layout: str, bits: int) -> int:
     """Inputs of one block: so many that tiles of bytes are 32 wide and those of integers 16, as tensor cores want."""
-    if layout == "8:16" and bits == 3:
-        return 512
     return 128 if layout == "dense" and bits != 3 else 256
 
 
@@ -142,7 +139,7 @@ def pack(
 
     Shapes: codes_NK (N, K) uint8 below 2^bits; scales_NG (N, G), stored as float16; keep_NK (N, K) bool, None for all;
         zeros_NG (N, G) uint8, None for 2^(bits - 1). Group g is inputs g K / G to (g + 1) K / G.
-    layout: None takes 2:4 or 8:16 where the mask is exactly that, else a bitmap; dense without a mask.
+    layout: None takes 8:16 where the mask is exactly that, as a 2:4 one is, else a bitmap; dense without a mask.
     Raises: ValueError for shapes that do not go together, groups that are no multiple of 16 inputs (one group may be of
         any size), or a mask that does not fit the layout.
     """
@@ -152,10 +149,8 @@ def pack(
     layout = _fitting(keep_NK) if layout is None else layout
     if layout not in LAYOUTS:
         raise ValueError(f"layout {layout!r}: there are {', '.join(LAYOUTS)}")
-    if layout in ("2:4", "8:16"):
-        n, m = map(int, layout.split(":"))
-        if keep_NK is None or not _keeps(keep_NK, n, m):
-            raise ValueError(f"layout {layout} needs a mask that keeps exactly {n} of every {m} weights")
+    if layout == "8:16" and (keep_NK is None or not _keeps_half_of_16(keep_NK)):
+        raise ValueError("layout 8:16 needs a mask that keeps exactly 8 of every 16 weights")
     block = block_of(layout, bits)
     size = (-(-outputs // _ROWS) * _ROWS, -(-inputs // block) * block)
     group_size = inputs // groups if groups > 1 else size[1]
@@ -167,8 +162,6 @@ def pack(
     padded_keep_NK = _padded(every_NK, size)
     if layout == "dense":
         tensors = _dense(flipped_NK, bits, block)
-    elif layout == "2:4":
-        tensors = _two_four(flipped_NK, padded_keep_NK, bits, block)
     elif layout == "8:16":
         tensors = _eight_sixteen(flipped_NK, padded_keep_NK, bits, block)
     else:
@@ -206,11 +199,11 @@ def _check(codes_NK: Tensor, scales_NG: Tensor, keep_NK: Tensor | None, zeros_NG
 def _fitting(keep_NK: Tensor | None) -> str:
     if keep_NK is None:
         return "dense"
-    return next((name for name, n, m in (("2:4", 2, 4), ("8:16", 8, 16)) if _keeps(keep_NK, n, m)), "bitmap")
+    return "8:16" if _keeps_half_of_16(keep_NK) else "bitmap"
 
 
-def _keeps(keep_NK: Tensor, n: int, m: int) -> bool:
-    return keep_NK.shape[1] % m == 0 and bool((keep_NK.view(keep_NK.shape[0], -1, m).sum(2) == n).all())
+def _keeps_half_of_16(keep_NK: Tensor) -> bool:
+    return keep_NK.shape[1] % 16 == 0 and bool((keep_NK.view(keep_NK.shape[0], -1, 16).sum(2) == 8).all())
 
 
 def _padded(values: Tensor, size: tuple[int, int]) -> Tensor:
@@ -241,41 +234,30 @@ def _dense(flipped_NK: Tensor, bits: int, block: int) -> dict[str, Tensor]:
     flipped_BNK = _blocks(flipped_NK, block)
     blocks, outputs, _ = flipped_BNK.shape
     if bits != 3:
-        planes = flipped_BNK.reshape(blocks, outputs, 8 // bits, -1)
-        return {"codes": joined(planes.transpose(2, 3), bits, torch.uint8)}
+        planes = flipped_BNK.reshape(blocks, outputs, 16 // bits, -1)
+        return {"codes": joined(planes.transpose(2, 3), bits, torch.int16)}
     planes = flipped_BNK.reshape(blocks, outputs, 2, 4, -1)
     low = joined((planes & 3).transpose(3, 4), 2, torch.uint8).flatten(2)
     return {"codes": low, "high": joined((planes >> 2).flatten(2, 3).transpose(2, 3), 1, torch.uint8)}
 
 
-def _two_four(flipped_NK: Tensor, keep_NK: Tensor, bits: int, block: int) -> dict[str, Tensor]:
-    quads = _blocks(flipped_NK, block).unflatten(2, (-1, 4))
-    # padding keeps nothing: it is given the first two places, whose fields are 0
-    kept = _blocks(keep_NK, block).unflatten(2, (-1, 4)).clone()
-    kept[..., :2] |= ~kept.any(3, keepdim=True)
-    places = kept.nonzero()[:, 3].view(*kept.shape[:3], 2)
-    fields = quads.gather(3, places)
-    codes = joined(fields, 8, torch.int16) if bits == 8 else joined(fields, 4, torch.uint8)
-    halves = joined(places, 2, torch.uint8).unflatten(2, (2, -1))
-    return {"codes": codes.contiguous(), "mask": joined(halves.transpose(2, 3), 4, torch.uint8)}
-
-
 def _eight_sixteen(flipped_NK: Tensor, keep_NK: Tensor, bits: int, block: int) -> dict[str, Tensor]:
     units = _blocks(flipped_NK, block).unflatten(2, (-1, 16))
     kept = _blocks(keep_NK, block).unflatten(2, (-1, 16))
+    mask = _mask(keep_NK, block)
     # kept weights first, in their order; what follows them is pruned, and 0
     fields = units.gather(3, kept.logical_not().to(torch.uint8).argsort(dim=3, stable=True))[..., :8]
-    mask = joined(kept, 1, torch.int64).to(torch.int16)
     if bits == 3:
         words = joined(fields, 3, torch.int64)
         return {"codes": words.to(torch.int16), "high": (words >> 16).to(torch.uint8), "mask": mask}
+    if bits == 4:
+        fields = fields.unflatten(3, (2, 4)).transpose(3, 4).flatten(3)
     return {"codes": joined(fields, bits, {2: torch.int16, 4: torch.int32, 8: torch.int64}[bits]), "mask": mask}
 
 
 def _bitmap(flipped_NK: Tensor, keep_NK: Tensor, bits: int, block: int) -> dict[str, Tensor]:
     if flipped_NK.shape[1] > _LONGEST:
         raise ValueError(f"a bitmap of {flipped_NK.shape[1]} inputs: the kernels take up to {_LONGEST}")
-    halves = _blocks(keep_NK, block).unflatten(2, (2, -1))
     counts_NH = keep_NK.view(keep_NK.shape[0], -1, block // 2).sum(2)
     before_NH = counts_NH.cumsum(1) - counts_NH
     words_N = (keep_NK.sum(1) * bits + 31) // 32
@@ -289,10 +271,21 @@ def _bitmap(flipped_NK: Tensor, keep_NK: Tensor, bits: int, block: int) -> dict[
     padded[torch.arange(stream.numel(), device=stream.device) + shift] = stream
     return {
         "codes": padded.view(torch.int32),
-        "mask": joined(halves.unflatten(3, (-1, 8)).transpose(2, 3).flatten(3), 1, torch.int64).to(torch.int16),
+        "mask": _mask(keep_NK, block),
         "starts": before_NH.view(before_NH.shape[0], -1, 2).transpose(0, 1).to(torch.int16).contiguous(),
         "rows": rows_N.to(torch.int32),
     }
+
+
+def _mask(keep_NK: Tensor, block: int) -> Tensor:
+    """(blocks, N, block / 16) int16: 8 bits of the first half of a block, and 8 of the second."""
+    halves = _blocks(keep_NK, block).unflatten(2, (2, -1, 8))
+    return joined(halves.transpose(2, 3).flatten(3), 1, torch.int64).to(torch.int16)
+
+
+def _read_mask(mask: Tensor) -> Tensor:
+    """(blocks, N, block) bool."""
+    return separate(mask, 1, 16).unflatten(3, (2, -1)).transpose(2, 3).flatten(2).bool()
 
 
 def unpack(weight: PackedWeight) -> tuple[Tensor, Tensor]:
@@ -300,7 +293,7 @@ def unpack(weight: PackedWeight) -> tuple[Tensor, Tensor]:
 
     The code of a pruned weight is its zero point.
     """
-    read = {"dense": _read_dense, "2:4": _read_two_four, "8:16": _read_eight_sixteen, "bitmap": _read_bitmap}
+    read = {"dense": _read_dense, "8:16": _read_eight_sixteen, "bitmap": _read_bitmap}
     flipped_BNK, keep_BNK = read[weight.layout](weight)
     flipped_NK, keep_NK = (
         x.transpose(0, 1).flatten(1)[: weight.outputs, : weight.inputs] for x in (flipped_BNK, keep_BNK)
@@ -320,29 +313,22 @@ def in_order(values_RK: Tensor, weight: PackedWeight) -> Tensor:
 
 def _read_dense(weight: PackedWeight) -> tuple[Tensor, Tensor]:
     if weight.high is None:
-        flipped_BNK = separate(weight.codes, weight.bits, 8 // weight.bits).transpose(2, 3).flatten(2)
+        flipped_BNK = separate(weight.codes, weight.bits, 16 // weight.bits).transpose(2, 3).flatten(2)
     else:
         low = separate(weight.codes.unflatten(2, (2, -1)), 2, 4).transpose(3, 4)
         flipped_BNK = low.flatten(2) | separate(weight.high, 1, 8).transpose(2, 3).flatten(2) << 2
     return flipped_BNK, torch.ones_like(flipped_BNK, dtype=torch.bool)
 
 
-def _read_two_four(weight: PackedWeight) -> tuple[Tensor, Tensor]:
-    assert weight.mask is not None
-    places = separate(separate(weight.mask, 4, 2).transpose(2, 3).flatten(2), 2, 2).long()
-    fields = separate(weight.codes, 8 if weight.bits == 8 else 4, 2)
-    quads = fields.new_zeros(*places.shape[:3], 4)
-    keep = torch.zeros_like(quads, dtype=torch.bool).scatter_(3, places, True)
-    return quads.scatter_(3, places, fields).flatten(2), keep.flatten(2)
-
-
 def _read_eight_sixteen(weight: PackedWeight) -> tuple[Tensor, Tensor]:
     assert weight.mask is not None
-    keep = separate(weight.mask, 1, 16).bool()
+    keep = _read_mask(weight.mask).unflatten(2, (-1, 16))
     words = weight.codes.to(torch.int64)
     if weight.high is not None:
         words = words & 0xFFFF | weight.high.to(torch.int64) << 16
     fields = separate(words, weight.bits, 8)
+    if weight.bits == 4:
+        fields = fields.unflatten(3, (4, 2)).transpose(3, 4).flatten(3)
     # padding keeps nothing, and takes the last field, which is 0 there
     ranks = (keep.cumsum(3) - 1).clamp(min=0)
     return (fields.gather(3, ranks) * keep).flatten(2), keep.flatten(2)
@@ -350,7 +336,7 @@ def _read_eight_sixteen(weight: PackedWeight) -> tuple[Tensor, Tensor]:
 
 def _read_bitmap(weight: PackedWeight) -> tuple[Tensor, Tensor]:
     assert weight.mask is not None and weight.rows is not None
-    keep_BNK = separate(weight.mask, 1, 16).unflatten(3, (2, -1)).transpose(2, 3).flatten(2).bool()
+    keep_BNK = _read_mask(weight.mask)
     keep_NK = keep_BNK.transpose(0, 1).flatten(1)
     stored = weight.codes.view(torch.uint8)
     rows = zip((weight.rows * 4).tolist(), ((keep_NK.sum(1) * weight.bits + 7) // 8).tolist(), strict=True)

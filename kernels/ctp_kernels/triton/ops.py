@@ -120,18 +120,20 @@ def _forward(x_MK: Tensor, weight: PackedWeight, config: Config | None) -> Tenso
         forward.forward[grid](
             x_MK, y_MN, sums, arrived, *operands(weight).values(),
             batch, weight.outputs, weight.padded_outputs, weight.padded_inputs, config.splits,
-            **constants(weight, config), **options(config.warps, config.stages),
+            **constants(weight, config, x_MK.dtype, nvidia=_on_nvidia(x_MK)), **options(config.warps, config.stages),
         )  # fmt: skip
     return y_MN
 
 
-def constants(weight: PackedWeight, config: Config) -> dict[str, Any]:
+def constants(weight: PackedWeight, config: Config, dtype: torch.dtype, *, nvidia: bool) -> dict[str, Any]:
     """What the forward kernel is compiled for, beside the types of its operands."""
+    one_zero = weight.zeros_GN is None or weight.scales_segments  # for all planes of a block
     return {
         "LAYOUT": weight.layout,
         "BITS": weight.bits,
         "GROUP": weight.group_size,
         "SCALE_AFTER": weight.scales_segments,
+        "PTX": nvidia and weight.bits == 4 and one_zero and dtype != torch.float32,
         "BLOCK": weight.block,
         "BM": config.block_m,
         "BN": config.block_n,
@@ -216,6 +218,10 @@ def options(warps: int, stages: int) -> dict[str, Any]:
     if interpreted():
         return {}
     return {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
+
+
+def _on_nvidia(x: Tensor) -> bool:
+    return x.device.type == "cuda" and not torch.version.hip and not interpreted()
 
 
 def _on(x: Tensor) -> Any:

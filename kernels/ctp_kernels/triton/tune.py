@@ -100,7 +100,14 @@ def _compile(pairs: Iterable[tuple[PackedWeight, Config]], dtype: torch.dtype) -
     for weight, config in pairs:
         kinds = {name: None if x is None else x.dtype for name, x in operands(weight).items()}
         sizes = (weight.outputs, weight.padded_outputs, weight.padded_inputs)
-        job = (kinds, sizes, constants(weight, config), options(config.warps, config.stages), config.splits > 1, dtype)
+        job = (
+            kinds,
+            sizes,
+            constants(weight, config, dtype, nvidia=not torch.version.hip),
+            options(config.warps, config.stages),
+            config.splits > 1,
+            dtype,
+        )
         # of sizes, kernels know whether they are multiples of 16
         alike = (*kinds.values(), *(size % 16 == 0 for size in sizes), *job[2].values(), *job[3].values(), job[4])
         jobs[alike] = job

@@ -36,6 +36,25 @@ def centered(flipped_NU, zeros_NU, BITS: tl.constexpr, SYMMETRIC: tl.constexpr, 
 
 
 @triton.jit
+def bias(zeros_NU, BITS: tl.constexpr, SYMMETRIC: tl.constexpr, DTYPE: tl.constexpr):
+    """int16: what `centered` flips fields with, (1, 1) where SYMMETRIC, for `ptx` to do it."""
+    MAGIC: tl.constexpr = 0x6400 if tl.float16 == DTYPE else 0x4300
+    MIDDLE: tl.constexpr = 1 << (BITS - 1)
+    return tl.full((1, 1), MAGIC | MIDDLE, tl.int16) if SYMMETRIC else (zeros_NU | MAGIC).to(tl.int16)
+
+
+@triton.jit
+def centered_by(biased_NU, bias_NU, BITS: tl.constexpr, SYMMETRIC: tl.constexpr, DTYPE: tl.constexpr):
+    """`centered` of fields that were flipped with their `bias`."""
+    if SYMMETRIC:
+        BASE: tl.constexpr = (1024 if tl.float16 == DTYPE else 128) + (1 << (BITS - 1))
+        w_NU = _as(biased_NU, DTYPE) - BASE
+    else:
+        w_NU = _as(biased_NU, DTYPE) - _as(bias_NU, DTYPE)
+    return w_NU
+
+
+@triton.jit
 def scaled(w_NU, scale_NU, DTYPE: tl.constexpr):
     """w * scale, rounded once. A float16 scale does not fit into a bfloat16, so there the product is float32."""
     if tl.bfloat16 == DTYPE:
@@ -84,18 +103,34 @@ def window(words, bit, BITS: tl.constexpr):
 
 
 @triton.jit
-def unit_words(codes, high, tile, within_NU, BITS: tl.constexpr):
-    """The 8 codes of units of 16 weights, as unsigned integers: 16, 24 (in two pieces), 32 or 64 bits are stored."""
-    word_NU = tl.load(codes + tile + within_NU)
+def half_unit(codes, high, mask, row, place_U, half, U: tl.constexpr, BITS: tl.constexpr):
+    """The codes of 8 weights of an 8:16 layout as unsigned integers, and after them those of later weights.
+
+    Two neighbours of U in a half block share the 8 codes of 16 weights: 16, 24 (in two pieces), 32 or 64 bits.
+    """
+    at_U = row + half * (U // 2) + place_U // 2
+    word_NU = tl.load(codes + at_U)
     if BITS == 8:
         unit_NU = word_NU.to(tl.uint64, bitcast=True)
-    elif BITS == 4:
-        unit_NU = word_NU.to(tl.uint32, bitcast=True)
+    elif BITS == 4:  # byte k is codes k and k + 4
+        word_NU = word_NU.to(tl.uint32, bitcast=True)
+        unit_NU = _bytes_to_nibbles(word_NU & 0x0F0F0F0F) | (_bytes_to_nibbles((word_NU >> 4) & 0x0F0F0F0F) << 16)
     else:
         unit_NU = word_NU.to(tl.uint16, bitcast=True).to(tl.uint32)
         if BITS == 3:
-            unit_NU = unit_NU | (tl.load(high + tile + within_NU).to(tl.uint32) << 16)
-    return unit_NU
+            unit_NU = unit_NU | (tl.load(high + at_U).to(tl.uint32) << 16)
+    first_NU = (tl.load(mask + row + place_U // 2 * 2).to(tl.int32) >> (8 * half)) & 255
+    before_NU = tl.where(place_U % 2 == 1, popcount16(first_NU), 0)
+    # 8 codes of 8 bits cannot be shifted out of 64 at once, which is undefined
+    shift_NU = (tl.minimum(before_NU, 7) * BITS).to(unit_NU.dtype)
+    return tl.where(before_NU == 8, 0, unit_NU >> shift_NU)
+
+
+@triton.jit
+def _bytes_to_nibbles(bytes_NU):
+    """Four bytes below 16, next to one another in the lowest 16 bits."""
+    pairs_NU = (bytes_NU | (bytes_NU >> 4)) & 0x00FF00FF
+    return (pairs_NU | (pairs_NU >> 8)) & 0xFFFF
 
 
 @triton.jit
