@@ -40,6 +40,8 @@ class PackedLinear(nn.Module):
         self.bias = nn.Parameter(torch.empty(out_features, device="meta"), requires_grad=False) if bias else None
         self.int8_activations = False
         """Whether products on the CPU may round x to 8 bits (`dispatch.prepare`); takes effect with `prepare`."""
+        self.dense_codes = False
+        """Whether pruned layers are multiplied with as dense codes, likewise."""
         self._weight: dispatch.Weight | None = None
         self._form: object | None = None
 
@@ -48,7 +50,11 @@ class PackedLinear(nn.Module):
         self._restore()
         assert self.codes is not None and self.scales is not None
         stored = {name: getattr(self, name) for name in self._names}
-        weight = dispatch.prepare(PackedParts(bits=self.bits, **stored), int8_activations=self.int8_activations)
+        weight = dispatch.prepare(
+            PackedParts(bits=self.bits, **stored),
+            int8_activations=self.int8_activations,
+            dense_codes=self.dense_codes,
+        )
         if (weight.outputs, weight.inputs) != (self.out_features, self.in_features):
             raise ValueError(
                 f"{weight.outputs} x {weight.inputs} weights of a layer of {self.out_features} x {self.in_features}"

@@ -39,7 +39,8 @@ class CtpConfig(QuantizationConfigMixin):
 class CtpQuantizer(HfQuantizer):
     """Linear layers become `PackedLinear`; their weights are never dense for longer than a product takes.
 
-    The environment variable CTP_INT8_ACTIVATIONS=1 lets products on the CPU round activations to 8 bits.
+    The environment variable CTP_INT8_ACTIVATIONS=1 lets products on the CPU round activations to 8 bits, and
+    CTP_DENSE_CODES=1 multiplies with a code for every weight of pruned layers: faster, for more memory.
     """
 
     requires_calibration = True
@@ -78,6 +79,7 @@ class CtpQuantizer(HfQuantizer):
         for name, module in model.named_modules():
             if isinstance(module, PackedLinear):
                 module.int8_activations = os.environ.get("CTP_INT8_ACTIVATIONS") == "1"
+                module.dense_codes = os.environ.get("CTP_DENSE_CODES") == "1"
                 try:
                     module.prepare()
                 except ValueError as error:

@@ -31,7 +31,7 @@ from ctp_kernels import packed
 from ctp_kernels.arithmetic import wide
 from ctp_kernels.cpu.build import cpu_features
 from ctp_kernels.packed import PackedLayer
-from ctp_kernels.ragged import pack_bits, pack_kept, row_starts, unpack_bits
+from ctp_kernels.ragged import pack_bits, pack_kept, row_starts, unpack_bits, unpack_kept
 from ctp_kernels.reference import PackedParts
 from ctp_kernels.triton import layouts, ops
 from ctp_kernels.unpack import dense_rows
@@ -71,25 +71,35 @@ class Choice:
 
 
 def explain(
-    parts: PackedParts, *, device: torch.device | str, dtype: torch.dtype, rows: int, int8_activations: bool = False
+    parts: PackedParts,
+    *,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    rows: int,
+    int8_activations: bool = False,
+    dense_codes: bool = False,
 ) -> Choice:
     """Which way y = x W^T takes for `rows` rows of x in `dtype` on `device`, and why.
 
     Shapes and types of `parts` are what counts: they may be on the meta device. A GPU that is not there is taken for
     one that the kernels support.
     """
-    return _choose(parts, torch.device(device), dtype, rows, {}, int8_activations)
+    about = _described_dense(parts) if dense_codes else parts
+    return _choose(about, torch.device(device), dtype, rows, {}, int8_activations)
 
 
-def prepare(parts: PackedParts, *, int8_activations: bool = False) -> "Weight":
+def prepare(parts: PackedParts, *, int8_activations: bool = False, dense_codes: bool = False) -> "Weight":
     """A layer ready for `matmul`. Its tensors are taken over, not copied; nothing is converted before it is needed.
 
     Shapes, dtypes: as `reference.PackedParts` has them, all tensors on one device.
     int8_activations: x may be rounded to 8 bits, which is faster and costs 6e-3 of y and more (`packed.product_int8`).
         It is where there is a kernel for it; larger batches, gradients and GPUs compute as without.
+    dense_codes: multiply with a code for every weight, also for those that a mask leaves out. The same products, faster
+        where decoding and not memory is what takes the time (docs/kernels.md), for 1 / density times the codes; the
+        mask stays in main memory, for `Weight.stored`.
     Raises: ValueError if the parts do not go together.
     """
-    return Weight(parts, int8_activations=int8_activations)
+    return Weight(parts, int8_activations=int8_activations, dense_codes=dense_codes)
 
 
 def matmul(x: Tensor, weight: "Weight") -> Tensor:
@@ -111,8 +121,9 @@ def matmul(x: Tensor, weight: "Weight") -> Tensor:
 class Weight:
     """A packed layer, held as it is stored or as the way of its last product wants it. Made by `prepare`."""
 
-    def __init__(self, parts: PackedParts, *, int8_activations: bool = False) -> None:
+    def __init__(self, parts: PackedParts, *, int8_activations: bool = False, dense_codes: bool = False) -> None:
         self.int8_activations = int8_activations
+        self._mask: Tensor | None = None  # of a layer whose ways are given dense codes
         self._parts: PackedParts | None = parts
         self._own: _Own | None = None
         self._layer: PackedLayer | None = None  # of the tensors in `_parts`, or `_own` itself
@@ -121,6 +132,8 @@ class Weight:
         self._refused: dict[str, str] = {}
         self._starts_N = _checked_starts(parts)
         self._about = _moved(parts, torch.device("meta"))
+        if dense_codes and parts.mask is not None:
+            self._mask, self._about = parts.mask.cpu(), _described_dense(self._about)
         self.outputs, self.inputs, self.device = parts.outputs, self._about.inputs, parts.codes.device
         if parts.g_idx is not None and (refusal := _unequal_groups(parts)):
             self._refused = {TRITON: refusal, TRITON_DENSE: refusal}
@@ -140,8 +153,12 @@ class Weight:
             return self._parts
         assert self._own is not None
         if isinstance(self._own, layouts.PackedWeight):
-            return _stored(self._own, self._about, self._g_idx)
-        return self._own.stored() if isinstance(self._own, _Int4) else self._own.stored(self._g_idx)
+            found = _stored(self._own, self._about, self._g_idx)
+        elif isinstance(self._own, _Int4):
+            found = self._own.stored()
+        else:
+            found = self._own.stored(self._g_idx)
+        return found if self._mask is None else _with_mask(found, self._mask.to(self.device))
 
     def restore(self) -> PackedParts:
         """`stored`, and hold the layer that way again until its next product."""
@@ -184,17 +201,18 @@ class Weight:
         wanted = _FORMS[way]
         if isinstance(made, wanted):
             return made
+        parts = self.restore()
+        if self._mask is not None:
+            parts = _with_dense_codes(parts)
         try:
-            made = (
-                wanted.of(self.restore()) if wanted is not layouts.PackedWeight else layouts.from_parts(self.restore())
-            )
+            made = wanted.of(parts) if wanted is not layouts.PackedWeight else layouts.from_parts(parts)
         except ValueError as refusal:  # what shapes alone do not show
             self._refused |= {other: str(refusal) for other, form in _FORMS.items() if form is wanted}
             self._ways.clear()
             return self.form_for(dtype, rows)
         if isinstance(made, PackedLayer):
             self._layer = made
-        if not isinstance(made, PackedLayer) or made.order is not None:
+        if not isinstance(made, PackedLayer) or made.order is not None or self._mask is not None:
             self._own, self._parts = made, None
         return made
 
@@ -385,6 +403,35 @@ def _against_int4(parts: PackedParts, device: torch.device, dtype: torch.dtype, 
     if "avx2" not in cpu_features():
         return "this processor has no AVX2, without which it is slow"
     return ""
+
+
+def _described_dense(parts: PackedParts) -> PackedParts:
+    """What `_with_dense_codes` makes, on the meta device."""
+    bytes_each = (parts.inputs * parts.bits + 7) // 8
+    codes = torch.empty(parts.outputs * bytes_each, dtype=torch.uint8, device="meta")
+    return replace(_moved(parts, torch.device("meta")), codes=codes, mask=None)
+
+
+def _with_dense_codes(parts: PackedParts) -> PackedParts:
+    """The same weights without a mask: what it leaves out gets its zero point as code, which is a weight of 0."""
+    assert parts.mask is not None
+    keep_NK = unpack_bits(parts.mask)
+    codes_NK = unpack_kept(parts.codes.flatten(), keep_NK, parts.bits)
+    if parts.zeros is None:
+        zeros_NK = codes_NK.new_full((), 2 ** (parts.bits - 1))
+    elif parts.g_idx is None:
+        zeros_NK = parts.zeros.repeat_interleave(parts.inputs // parts.zeros.shape[1], 1)
+    else:
+        zeros_NK = parts.zeros[:, parts.g_idx.long()]
+    codes_NK = torch.where(keep_NK, codes_NK, zeros_NK)
+    return replace(parts, codes=pack_kept(codes_NK, torch.ones_like(keep_NK), parts.bits), mask=None)
+
+
+def _with_mask(parts: PackedParts, mask_NB: Tensor) -> PackedParts:
+    """The inverse of `_with_dense_codes`."""
+    keep_NK = unpack_bits(mask_NB)
+    codes_NK = unpack_kept(parts.codes.flatten(), torch.ones_like(keep_NK), parts.bits)
+    return replace(parts, codes=pack_kept(codes_NK, keep_NK, parts.bits), mask=mask_NB)
 
 
 def _unequal_groups(parts: PackedParts) -> str:

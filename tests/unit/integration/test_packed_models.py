@@ -193,6 +193,26 @@ def test_pruned_layers_decode_in_registers_and_with_8_bits_where_told(
     assert errors[0] < 1e-5 < 1e-3 < errors[1] < 5e-2
 
 
+@pytest.mark.parametrize("act_order", ["none", "column"])
+def test_pruned_layers_multiply_as_dense_codes_where_told_and_are_saved_as_they_were(
+    act_order: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = compressed("llama_tied_gqa", tmp_path, sparsity=0.5, act_order=act_order)
+    wanted, one = load_model(path, dtype=torch.float32), ids()[:1, :5]
+    monkeypatch.setenv("CTP_DENSE_CODES", "1")
+    packed = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    with torch.no_grad():
+        logits = wanted(one).logits
+        assert float((packed(one).logits - logits).norm() / logits.norm()) < 1e-5
+    layer = packed.model.layers[0].mlp.up_proj
+    if dispatch.packed.available():
+        assert layer.mask is None and layer.codes is None
+    packed.save_pretrained(tmp_path / "again")
+    after, before = stored_tensors(tmp_path / "again"), stored_tensors(path)
+    parts = [name for name in after if name.endswith(("codes", "mask", "scales"))]
+    assert parts and all(torch.equal(after[name], before[name]) for name in parts)
+
+
 def noted(forward: Any, ways: list[str]) -> Any:
     def noting(ctx: Any, x: torch.Tensor, weight: dispatch.Weight) -> torch.Tensor:
         ways.append(weight.explain(x.dtype, x.shape[:-1].numel()).way)

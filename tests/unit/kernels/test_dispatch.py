@@ -70,6 +70,39 @@ def test_products_and_gradients_are_the_oracles(
     assert distance(x.grad, reference.input_gradient(gy.double(), parts)) < TOLERANCE[dtype]
 
 
+@pytest.mark.parametrize("way", ["packed", "int4 or dense"])
+@pytest.mark.parametrize("scattered", [False, True])
+@pytest.mark.parametrize("bits", [4, 3])
+@pytest.mark.parametrize(("layout", "symmetric"), [("2:4", True), ("bitmap", False), ("bitmap", True)])
+def test_a_mask_can_give_way_to_dense_codes_and_comes_back(
+    layout: str, symmetric: bool, bits: int, scattered: bool, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts = layer(layout, symmetric=symmetric, bits=bits)
+    if scattered:
+        parts = replace(parts, g_idx=torch.arange(256) % 4)
+    if way == "packed":
+        if not dispatch.packed.available():
+            pytest.skip("this processor has no AVX2, or there is no C++ compiler")
+    else:
+        monkeypatch.setattr(dispatch.packed, "available", lambda: False)
+    x = torch.randn(3, 256, generator=torch.Generator().manual_seed(0)).bfloat16().requires_grad_()
+    weight = dispatch.prepare(parts, dense_codes=True)
+    told = dispatch.explain(parts, device="cpu", dtype=torch.bfloat16, rows=3, dense_codes=True)
+    assert weight.explain(torch.bfloat16, 3) == told
+    y = dispatch.matmul(x, weight)
+    y.backward(torch.ones_like(y))
+    assert x.grad is not None
+    # PyTorch's int4 product rounds scales and shifts, so that its weights of 0 are not quite
+    assert distance(y, reference.matmul(x.detach().double(), parts)) < (5e-3 if told.way == "int4" else 3e-3)
+    assert distance(x.grad, reference.input_gradient(torch.ones(3, 128).double(), parts)) < 3e-3
+    if told.way != "dense":
+        held = weight.tensors()
+        assert "own_mask" not in held and "mask" not in held and "codes" not in held
+        assert weight.form is not None
+    assert same_bits(weight.stored(), parts)
+    assert same_bits(weight.restore(), parts) and weight.form is None
+
+
 @needs_avx2
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("capability", ["as it is", "default"])
