@@ -35,7 +35,7 @@ def test_everything_tried_fits_into_shared_memory(layout: str) -> None:
     weight = aot.sample(layout, 8)
     for device in aot.TARGETS.values():
         tried = candidates(4096, weight, device)
-        assert len(tried) > 10
+        assert len(tried) >= 10
         assert all(shared_bytes(one, weight, device) <= device.shared_bytes for one in tried)
         for batch in (1, 16, 64, 4096):
             assert shared_bytes(default(batch, weight, device), weight, device) <= device.shared_bytes
