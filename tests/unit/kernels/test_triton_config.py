@@ -44,7 +44,7 @@ def test_everything_tried_fits_into_shared_memory(layout: str) -> None:
 
 
 def test_float32_gets_fewer_stages_where_it_must() -> None:
-    weight, device = aot.sample("8:16", 8), aot.TARGETS["sm_86"]
+    weight, device = aot.sample("dense", 8), aot.TARGETS["gfx942"]
     assert default(512, weight, device, element_bytes=4).stages < default(512, weight, device).stages
 
 
