@@ -9,6 +9,7 @@ import torch
 from ctp_kernels import dispatch, rooflines
 from ctp_kernels.rooflines import KINDS, LayerShape, RooflineReport
 from ctp_kernels.triton import from_parts
+from ctp_kernels.triton.config import layer_key
 from ctp_kernels.triton.ops import available
 from ctp_kernels.triton.tune import tune
 
