@@ -136,11 +136,12 @@ def _measure(
 
 
 def _tune(shapes: Sequence[LayerShape], device: str, generator: torch.Generator, progress: Progress) -> None:
-    weights = [
+    made = (
         from_parts(rooflines.random_layer(shape, kind, generator, device=device)) for shape in shapes for kind in KINDS
-    ]
+    )
+    weights = {layer_key(weight): weight for weight in made}  # 2:4 has the layout of 8:16
     progress.start("tuning", len(weights))
     try:
-        tune(weights, batches=rooflines.BATCHES, on_layer=lambda layer: progress.advance(note=layer))
+        tune(list(weights.values()), batches=rooflines.BATCHES, on_layer=lambda layer: progress.advance(note=layer))
     finally:
         progress.finish()

@@ -96,17 +96,17 @@ def test_tuning_without_a_gpu_is_refused_and_leaves_nothing(llama: Path) -> None
     assert not list(Path.cwd().iterdir())
 
 
-def test_tuning_takes_every_layer_in_every_form(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tuning_takes_every_layer_in_every_layout(monkeypatch: pytest.MonkeyPatch) -> None:
     tuned: list[tuple[str, int, int]] = []
 
-    def record(weight, *, batches):  # type: ignore[no-untyped-def]
+    def record(weights, *, batches, on_layer):  # type: ignore[no-untyped-def]
         assert batches == rooflines.BATCHES
-        tuned.append((weight.layout, weight.outputs, weight.inputs))
+        tuned.extend((weight.layout, weight.outputs, weight.inputs) for weight in weights)
         return Path("gpu.json")
 
     monkeypatch.setattr(stage, "tune", record)
     stage._tune([LayerShape(64, 64), LayerShape(32, 64)], "cpu", torch.Generator(), SILENT)
-    assert tuned == [(kind, outputs, 64) for outputs in (64, 32) for kind in KINDS]
+    assert tuned == [(layout, outputs, 64) for outputs in (64, 32) for layout in ("dense", "8:16", "bitmap")]
 
 
 @pytest.mark.parametrize(
