@@ -7,7 +7,7 @@
 Ways:
 
 - triton: the kernels of `ctp_kernels.triton`, on GPUs;
-- triton dense: for thousands of rows of x, weights made dense by a kernel and multiplied by PyTorch's product;
+- triton dense: for many rows of x, weights made dense by a kernel and multiplied by PyTorch's product;
 - packed: codes decoded in registers on the CPU, for some rows (`ctp_kernels.packed`); packed int8: the same with x
   rounded to 8 bits, where that is asked for;
 - int4: PyTorch's product with 4-bit weights on the CPU, for few rows of bfloat16, where there is no compiler;
@@ -48,8 +48,10 @@ _WHY = {
     INT4: "PyTorch multiplies with 4-bit codes, and nothing is made dense",
     DENSE: "weights are made dense for each product, which works anywhere",
 }
-_MANY_ROWS = 2048
-"""From here on tiles of packed weights would be decoded by too many programs. Not measured yet."""
+_MANY_ROWS, _MANY_ROWS_MASKED = 256, 64
+"""Up to here tiles of packed weights, which every 64 rows decode again, take less time on an H200 (38 us of 4096 x 4096
+weights, 21 to 47 with a mask) than float16 weights would that were made dense first: 12 to 17 us, and at least 10 for
+writing and reading them, which is bytes by bandwidth and not measured."""
 _SOME_ROWS = 128
 """Up to here decoding in registers was faster than dense weights on a processor with AVX2: 1.2 to 2.5 times with 4096 x
 4096 weights, as fast with 576 x 576. They meet between 128 and 256 rows, with a bitmap later."""
@@ -190,7 +192,7 @@ class Weight:
 
     def form_for(self, dtype: torch.dtype, rows: int) -> "_Own | None":
         """The form that the chosen way wants, made if need be; None for dense weights."""
-        bounds = (0, _FEW_ROWS, _SOME_ROWS, _MANY_ROWS)
+        bounds = (0, _FEW_ROWS, _SOME_ROWS, _most_rows(self._about))
         kind = (dtype, sum(rows > bound for bound in bounds))
         way = self._ways.get(kind)
         if way is None:
@@ -225,7 +227,7 @@ class _Product(torch.autograd.Function):
         ctx.weight = weight
         x_MK = x.reshape(-1, weight.inputs)
         form = weight.form_for(x.dtype, len(x_MK))
-        if isinstance(form, layouts.PackedWeight) and len(x_MK) <= _MANY_ROWS:
+        if isinstance(form, layouts.PackedWeight) and len(x_MK) <= _most_rows(weight._about):
             y_MN = ops.matmul(x_MK, form)
         elif isinstance(form, PackedLayer):
             y_MN = _packed_product(x.dtype, weight.int8_activations)(x_MK, form).to(x.dtype)
@@ -241,7 +243,7 @@ class _Product(torch.autograd.Function):
         gy_MN = outer[0].reshape(-1, weight.outputs)
         by_kernels = weight.device.type != "cpu" or ops.interpreted()
         form = weight.form_for(gy_MN.dtype, len(gy_MN)) if by_kernels else None
-        if isinstance(form, layouts.PackedWeight) and len(gy_MN) <= _MANY_ROWS:
+        if isinstance(form, layouts.PackedWeight):
             gx_MK = ops.input_gradient(gy_MN, form)
         else:
             gx_MK = (wide(gy_MN) @ weight.dense(wide(gy_MN).dtype)).to(gy_MN.dtype)
@@ -337,9 +339,10 @@ def _choose(
 ) -> Choice:
     kernels = _against_triton(parts, device, dtype)
     on_cpu = _against_packed(parts, device, dtype, rows)
+    most = _most_rows(parts)
     obstacles = {
-        TRITON: kernels or (f"more than {_MANY_ROWS} rows" if rows > _MANY_ROWS else ""),
-        TRITON_DENSE: kernels or (f"no more than {_MANY_ROWS} rows" if rows <= _MANY_ROWS else ""),
+        TRITON: kernels or (f"more than {most} rows" if rows > most else ""),
+        TRITON_DENSE: kernels or (f"no more than {most} rows" if rows <= most else ""),
         PACKED_INT8: on_cpu or ("" if int8_activations else "rounding activations to 8 bits was not asked for"),
         PACKED: on_cpu,
         INT4: _against_int4(parts, device, dtype, rows),
@@ -348,6 +351,11 @@ def _choose(
     obstacles |= {way: obstacles[way] or why for way, why in refused.items()}
     chosen = next(way for way in WAYS if not obstacles[way])
     return Choice(chosen, {way: obstacles[way] or f"{chosen} comes first" for way in WAYS if way != chosen})
+
+
+def _most_rows(parts: PackedParts) -> int:
+    """Of x, that are multiplied with weights as they are packed on a GPU."""
+    return _MANY_ROWS if parts.mask is None else _MANY_ROWS_MASKED
 
 
 def _against_triton(parts: PackedParts, device: torch.device, dtype: torch.dtype) -> str:

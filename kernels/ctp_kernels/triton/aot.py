@@ -17,7 +17,7 @@ import torch
 
 from ctp_kernels.triton.config import Config, Device, default
 from ctp_kernels.triton.layouts import PackedWeight, pack
-from ctp_kernels.triton.ops import constants, gradient_tile, operands, options
+from ctp_kernels.triton.ops import constants, dequantize_constants, operands, options
 
 TARGETS = {
     "sm_80": Device("A100", (8, 0), 108),
@@ -93,15 +93,13 @@ def compile_forward(
     return _compile(forward, tensors | operands(weight), fixed, target, options(config.warps, config.stages))
 
 
-def compile_gradient(weight: PackedWeight, target: str, *, dtype: torch.dtype = torch.float16) -> Compiled:
-    """The kernel that `input_gradient` runs for batches of 64 and more."""
-    from ctp_kernels.triton.backward import input_gradient
+def compile_dequantize(weight: PackedWeight, target: str, *, dtype: torch.dtype = torch.float16) -> Compiled:
+    """The kernel that makes weights dense, for gradients and large batches."""
+    from ctp_kernels.triton.weights import dequantize
 
-    x = torch.empty(1, dtype=dtype, device="meta")
-    block_m, block_n, places = gradient_tile(64, weight)
-    fixed = {"LAYOUT": weight.layout, "BITS": weight.bits, "GROUP": weight.group_size, "BLOCK": weight.block}
-    fixed |= {"PLANES": weight.planes, "BM": block_m, "BN": block_n, "BU": places}
-    return _compile(input_gradient, {"gy": x, "gx": x, **operands(weight)}, fixed, target, options(4, 2))
+    fixed = dequantize_constants(weight, dtype, nvidia=target.startswith("sm_"))
+    dense = torch.empty(1, dtype=dtype, device="meta")
+    return _compile(dequantize, {"dense": dense, **operands(weight)}, fixed, target, options(4, 1))
 
 
 def _compile(

@@ -11,27 +11,14 @@ Shared by the functions below: `inputs` is (x_1M, seen_1M), pointers and mask of
 (block, row, rows_N): the block of inputs, where the tile begins among all (block, output), and its outputs; `sizes` is
 (padded_outputs, padded_inputs).
 SCALE_AFTER: groups consist of whole segments, whose sums are scaled; else weights are, before they are added.
-PTX: fields are decoded two at once by instructions of NVIDIA GPUs (see `ptx`); else one by one, by what Triton has.
+PTX: see `decode`.
 """
 
 import triton
 import triton.language as tl
 
-from ctp_kernels.triton.ptx import dense_planes, eight_planes, eight_sixteen_planes
-from ctp_kernels.triton.values import (
-    bias,
-    centered,
-    centered_by,
-    half_unit,
-    popcount16,
-    scale_tile,
-    scaled,
-    window,
-    zero_tile,
-)
-
-SEGMENT = tl.constexpr(128)
-"""Inputs whose planes are added up before scaling, where a layout has planes that short."""
+from ctp_kernels.triton.decode import bitmap, dense_biased, dense_plane, dense_words, eight_sixteen, masks, weight_of
+from ctp_kernels.triton.values import scale_tile, scaled, zero_tile
 
 
 @triton.jit(do_not_specialize=["batch", "splits"])
@@ -83,14 +70,10 @@ def forward(
             sum_NM = _dense(
                 sum_NM, inputs, (codes, high), grid, tile, sizes, BITS, GROUP, SCALE_AFTER, PTX, BLOCK, BN, DTYPE
             )
-        elif LAYOUT == "8:16":
-            sum_NM = _eight_sixteen(
-                sum_NM, inputs, (codes, high, mask), grid, tile, sizes, BITS, GROUP, SCALE_AFTER, PTX, BLOCK, BN, DTYPE
-            )
         else:
-            sum_NM = _bitmap(
-                sum_NM, inputs, (codes, mask, starts, rows), grid, tile, sizes, BITS, GROUP, SCALE_AFTER, PTX, BLOCK,
-                BN, DTYPE,
+            sum_NM = _masked(
+                sum_NM, inputs, (codes, high, mask, starts, rows), grid, tile, sizes, LAYOUT, BITS, GROUP, SCALE_AFTER,
+                PTX, BLOCK, BN, DTYPE,
             )  # fmt: skip
     at_NM = (tokens_M.to(tl.int64) * outputs)[None, :] + rows_N[:, None]
     there_NM = seen_1M & (rows_N < outputs)[:, None]
@@ -126,31 +109,23 @@ def _dense(
     PTX: tl.constexpr, BLOCK: tl.constexpr, BN: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """Planes: plane p, field p of every integer, is a run of consecutive inputs."""
-    codes, high = stored
-    block, row, rows_N = tile
+    block, _row, rows_N = tile
     SYMMETRIC: tl.constexpr = grid[1] is None
-    LOW: tl.constexpr = 2 if BITS == 3 else BITS
     PLANES: tl.constexpr = 4 if BITS == 3 else 16 // BITS
     HALVES: tl.constexpr = 2 if BITS == 3 else 1
     U: tl.constexpr = BLOCK // (PLANES * HALVES)
     A_SEGMENT: tl.constexpr = not SCALE_AFTER and GROUP % U == 0  # is a plane
     places_U = tl.arange(0, U)
-    within_N1 = tl.arange(0, BN)[:, None]
-    if BITS == 3:
-        high_NU = tl.load(high + row * U + (within_N1 * U + places_U[None, :])).to(tl.int16)
     for half in tl.static_range(HALVES):
         one = block * BLOCK + half * (BLOCK // HALVES) + tl.arange(0, 1)
+        zeros_NU = zero_tile(grid, rows_N, one, sizes[0], BITS, GROUP)
         if SCALE_AFTER:
             scale_N1 = scale_tile(grid, rows_N, one, sizes[0], GROUP)
-            zeros_NU = zero_tile(grid, rows_N, one, sizes[0], BITS, GROUP)
             part_NM = tl.zeros_like(sum_NM)
         else:
             part_NM = sum_NM
-        q_NU = tl.load(codes + row * (U * HALVES) + (within_N1 * (U * HALVES) + half * U + places_U[None, :]))
-        q_NU = q_NU.to(tl.int16)
-        if PTX:
-            bias_NU = bias(zeros_NU if SCALE_AFTER else None, BITS, SYMMETRIC, DTYPE)
-            biased = dense_planes(q_NU, bias_NU)
+        words = dense_words(stored[0], stored[1], tile, half, BITS, U, BN)
+        biased = dense_biased(words[0], zeros_NU, BITS, SYMMETRIC, PTX, DTYPE)
         for plane in tl.static_range(PLANES):
             first = block * BLOCK + (half * PLANES + plane) * U
             at_U = first + places_U
@@ -161,13 +136,8 @@ def _dense(
             elif not SCALE_AFTER:
                 scale_NU = scale_tile(grid, rows_N, at_U, sizes[0], GROUP)
                 zeros_NU = zero_tile(grid, rows_N, at_U, sizes[0], BITS, GROUP)
-            if PTX:
-                w_NU = centered_by(biased[plane], bias_NU, BITS, SYMMETRIC, DTYPE)
-            else:
-                flipped_NU = (q_NU >> (plane * LOW)) & ((1 << LOW) - 1)
-                if BITS == 3:
-                    flipped_NU = flipped_NU | (((high_NU >> (half * PLANES + plane)) & 1) << 2)
-                w_NU = centered(flipped_NU, zeros_NU, BITS, SYMMETRIC, DTYPE)
+            field_NU = dense_plane(words, biased, half, plane, BITS, PTX)
+            w_NU = weight_of(field_NU, zeros_NU, BITS, SYMMETRIC, PTX, DTYPE)
             if SCALE_AFTER:
                 part_NM = _add(part_NM, w_NU, None, inputs, at_U, DTYPE)
             elif A_SEGMENT:
@@ -180,117 +150,33 @@ def _dense(
 
 
 @triton.jit
-def _consume(
-    sum_NM, word_NU, kept_NU, zeros_NU, scale_NU, inputs, at_U, plane_stride,
-    BITS: tl.constexpr, SYMMETRIC: tl.constexpr, DTYPE: tl.constexpr,
+def _masked(
+    sum_NM, inputs, stored, grid, tile, sizes, LAYOUT: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
+    SCALE_AFTER: tl.constexpr, PTX: tl.constexpr, BLOCK: tl.constexpr, BN: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """Units of 8 weights whose kept codes follow one another in a word: each kept weight shifts its code out."""
-    for place in tl.static_range(8):
-        is_kept_NU = ((kept_NU >> place) & 1) != 0
-        flipped_NU = tl.where(is_kept_NU, word_NU & ((1 << BITS) - 1), 0)
-        word_NU = tl.where(is_kept_NU, word_NU >> BITS, word_NU)
-        w_NU = centered(flipped_NU, zeros_NU, BITS, SYMMETRIC, DTYPE)
-        sum_NM = _add(sum_NM, w_NU, scale_NU, inputs, place * plane_stride + at_U, DTYPE)
-    return sum_NM
-
-
-@triton.jit
-def _consume_biased(
-    sum_NM, biased, bias_NU, scale_NU, inputs, at_U, plane_stride,
-    BITS: tl.constexpr, SYMMETRIC: tl.constexpr, DTYPE: tl.constexpr,
-):  # fmt: skip
-    """`_consume` of fields that `ptx` has decoded."""
-    for place in tl.static_range(8):
-        w_NU = centered_by(biased[place], bias_NU, BITS, SYMMETRIC, DTYPE)
-        sum_NM = _add(sum_NM, w_NU, scale_NU, inputs, place * plane_stride + at_U, DTYPE)
-    return sum_NM
-
-
-@triton.jit
-def _eight_sixteen(
-    sum_NM, inputs, stored, grid, tile, sizes, BITS: tl.constexpr, GROUP: tl.constexpr, SCALE_AFTER: tl.constexpr,
-    PTX: tl.constexpr, BLOCK: tl.constexpr, BN: tl.constexpr, DTYPE: tl.constexpr,
-):  # fmt: skip
-    """8 codes of two neighbours, 8 weights each, and 8 bits for either that say whose they are."""
-    codes, high, mask = stored
-    block, row, rows_N = tile
+    """Half blocks of units of 8 weights; a plane is every eighth input."""
+    codes, high, mask, starts, rows = stored
+    block, _row, rows_N = tile
     SYMMETRIC: tl.constexpr = grid[1] is None
     U: tl.constexpr = BLOCK // 16
-    places_U = tl.arange(0, U)
-    within_N1 = tl.arange(0, BN)[:, None]
-    both_NU = tl.load(mask + row * U + (within_N1 * U + places_U[None, :]))
-    plane_stride = sizes[1] // 8
+    if LAYOUT == "bitmap":
+        words_N1 = codes + tl.load(rows + rows_N)[:, None]
+    both_NU = masks(mask, tile, U, BN)
     for half in tl.static_range(2):
-        at_U = block * (2 * U) + half * U + places_U
-        if SCALE_AFTER:
-            one = block * BLOCK + half * (BLOCK // 2) + tl.arange(0, 1)
-            scale_N1 = scale_tile(grid, rows_N, one, sizes[0], GROUP)
-            zeros_NU = zero_tile(grid, rows_N, one, sizes[0], BITS, GROUP)
-            scale_NU = None
-            part_NM = tl.zeros_like(sum_NM)
-        else:
-            scale_NU = scale_tile(grid, rows_N, at_U * 8, sizes[0], GROUP)
-            zeros_NU = zero_tile(grid, rows_N, at_U * 8, sizes[0], BITS, GROUP)
-            part_NM = sum_NM
-        if PTX:
-            halves = codes.to(tl.pointer_type(tl.int16)) + row * (2 * U)
-            word_NU = tl.load(halves + (within_N1 * (2 * U) + half * U + places_U[None, :]))
-            bias_NU = bias(zeros_NU, BITS, SYMMETRIC, DTYPE)
-            biased = eight_sixteen_planes(word_NU, both_NU, bias_NU, half)
-            part_NM = _consume_biased(
-                part_NM, biased, bias_NU, scale_NU, inputs, at_U, plane_stride, BITS, SYMMETRIC, DTYPE
+        at_U = block * (2 * U) + half * U + tl.arange(0, U)
+        at_scale = block * BLOCK + half * (BLOCK // 2) + tl.arange(0, 1) if SCALE_AFTER else at_U * 8
+        zeros_NU = zero_tile(grid, rows_N, at_scale, sizes[0], BITS, GROUP)
+        if LAYOUT == "8:16":
+            fields = eight_sixteen(
+                (codes, high, mask), both_NU, zeros_NU, tile, half, BITS, SYMMETRIC, PTX, U, BN, DTYPE
             )
         else:
-            word_NU = half_unit(codes, high, mask, row * U + within_N1 * U, places_U[None, :], half, U, BITS)
-            kept_NU = (both_NU.to(tl.int32) >> (8 * half)) & 255
-            part_NM = _consume(
-                part_NM, word_NU, kept_NU, zeros_NU, scale_NU, inputs, at_U, plane_stride, BITS, SYMMETRIC, DTYPE
-            )
-        sum_NM = sum_NM + part_NM * scale_N1.to(tl.float32) if SCALE_AFTER else part_NM
-    return sum_NM
-
-
-@triton.jit
-def _bitmap(
-    sum_NM, inputs, stored, grid, tile, sizes, BITS: tl.constexpr, GROUP: tl.constexpr, SCALE_AFTER: tl.constexpr,
-    PTX: tl.constexpr, BLOCK: tl.constexpr, BN: tl.constexpr, DTYPE: tl.constexpr,
-):  # fmt: skip
-    """Any mask: where the codes of 8 weights begin is counted from the start of their half block; loads bring them."""
-    codes, mask, starts, rows = stored
-    block, row, rows_N = tile
-    SYMMETRIC: tl.constexpr = grid[1] is None
-    U: tl.constexpr = BLOCK // 16
-    places_U = tl.arange(0, U)
-    within_N1 = tl.arange(0, BN)[:, None]
-    words_N1 = codes + tl.load(rows + rows_N)[:, None]
-    both_NU = tl.load(mask + row * U + (within_N1 * U + places_U[None, :])).to(tl.int32)
-    plane_stride = sizes[1] // 8
-    for half in tl.static_range(2):
-        at_U = block * (2 * U) + half * U + places_U
-        kept_NU = (both_NU >> (8 * half)) & 255
-        counts_NU = popcount16(kept_NU)
-        first_N1 = tl.load(starts + row * 2 + (within_N1 * 2 + half)).to(tl.int32) & 0xFFFF
-        before_NU = first_N1 + tl.cumsum(counts_NU, 1) - counts_NU
-        word_NU = window(words_N1, before_NU * BITS, BITS)
-        if SCALE_AFTER:
-            one = block * BLOCK + half * (BLOCK // 2) + tl.arange(0, 1)
-            scale_N1 = scale_tile(grid, rows_N, one, sizes[0], GROUP)
-            zeros_NU = zero_tile(grid, rows_N, one, sizes[0], BITS, GROUP)
-            scale_NU = None
-            part_NM = tl.zeros_like(sum_NM)
-        else:
-            scale_NU = scale_tile(grid, rows_N, at_U * 8, sizes[0], GROUP)
-            zeros_NU = zero_tile(grid, rows_N, at_U * 8, sizes[0], BITS, GROUP)
-            part_NM = sum_NM
-        if PTX:
-            bias_NU = bias(zeros_NU, BITS, SYMMETRIC, DTYPE)
-            biased = eight_planes(word_NU.to(tl.int32, bitcast=True), kept_NU.to(tl.int16), bias_NU)
-            part_NM = _consume_biased(
-                part_NM, biased, bias_NU, scale_NU, inputs, at_U, plane_stride, BITS, SYMMETRIC, DTYPE
-            )
-        else:
-            part_NM = _consume(
-                part_NM, word_NU, kept_NU, zeros_NU, scale_NU, inputs, at_U, plane_stride, BITS, SYMMETRIC, DTYPE
-            )
-        sum_NM = sum_NM + part_NM * scale_N1.to(tl.float32) if SCALE_AFTER else part_NM
+            fields = bitmap((words_N1, starts), both_NU, zeros_NU, tile, half, BITS, SYMMETRIC, PTX, BN, DTYPE)
+        scale_NU = scale_tile(grid, rows_N, at_scale, sizes[0], GROUP)
+        part_NM = tl.zeros_like(sum_NM) if SCALE_AFTER else sum_NM
+        for place in tl.static_range(8):
+            at_x_U = place * (sizes[1] // 8) + at_U
+            w_NU = weight_of(fields[place], zeros_NU, BITS, SYMMETRIC, PTX, DTYPE)
+            part_NM = _add(part_NM, w_NU, None if SCALE_AFTER else scale_NU, inputs, at_x_U, DTYPE)
+        sum_NM = sum_NM + part_NM * scale_NU.to(tl.float32) if SCALE_AFTER else part_NM
     return sum_NM

@@ -38,31 +38,13 @@ def matmul(x: Tensor, weight: PackedWeight, *, config: Config | None = None) -> 
 
 
 def input_gradient(gy: Tensor, weight: PackedWeight) -> Tensor:
-    """gx = gy W: the gradient with respect to x from that with respect to y.
+    """gx = gy W: the gradient with respect to x from that with respect to y, by weights that are made dense for it.
 
-    Shapes: gy (..., N), dtypes as in `matmul`; returns (..., K) in gy's dtype. Weights are rounded to it, products are
-        added up in float32.
+    Shapes: gy (..., N), dtypes as in `matmul`; returns (..., K) in gy's dtype. Weights are rounded to it.
     Raises: as `matmul`.
     """
-    from ctp_kernels.triton import backward
-
     _check(gy, weight, weight.outputs, "outputs")
-    gy_MN = gy.reshape(-1, weight.outputs).contiguous()
-    batch = gy_MN.shape[0]
-    planes, padded = weight.planes, weight.padded_inputs
-    gx_MK = gy_MN.new_empty(batch, padded)
-    if batch:
-        block_m, block_n, places = gradient_tile(batch, weight)
-        grid = (planes * -(-padded // (planes * places)), -(-batch // block_m))
-        with _on(gy):
-            backward.input_gradient[grid](
-                gy_MN, gx_MK, *operands(weight).values(), batch, weight.outputs, weight.padded_outputs, padded,
-                LAYOUT=weight.layout, BITS=weight.bits, GROUP=weight.group_size, BLOCK=weight.block, PLANES=planes,
-                BM=block_m, BN=block_n, BU=places, **options(4, 2),
-            )  # fmt: skip
-    if weight.stride > 1:
-        gx_MK = gx_MK.view(batch, weight.stride, -1).transpose(1, 2).reshape(batch, padded)
-    return in_order(gx_MK[:, : weight.inputs], weight).reshape(*gy.shape[:-1], weight.inputs)
+    return gy @ dequantize(weight, dtype=gy.dtype)
 
 
 def dequantize(weight: PackedWeight, *, dtype: torch.dtype = torch.float16) -> Tensor:
@@ -70,18 +52,15 @@ def dequantize(weight: PackedWeight, *, dtype: torch.dtype = torch.float16) -> T
 
     Raises: ValueError for another dtype than `matmul` takes, and without triton.
     """
-    from ctp_kernels.triton import backward
+    from ctp_kernels.triton.weights import dequantize as kernel
 
     dense_NK = torch.empty(weight.outputs, weight.inputs, dtype=dtype, device=weight.codes.device)
     _check(dense_NK, weight, weight.inputs, "inputs")
-    planes, places, block_n = weight.planes, 64, 32
-    grid = (planes * -(-weight.padded_inputs // (planes * places)), weight.padded_outputs // block_n)
+    grid = (weight.padded_outputs // DEQUANTIZED_ROWS, weight.padded_inputs // weight.block)
     with _on(dense_NK):
-        backward.dequantize[grid](
-            dense_NK, *operands(weight).values(),
-            weight.outputs, weight.inputs, weight.padded_outputs, weight.padded_inputs,
-            LAYOUT=weight.layout, BITS=weight.bits, GROUP=weight.group_size, BLOCK=weight.block, PLANES=planes,
-            BN=block_n, BU=places, **options(4, 1),
+        kernel[grid](
+            dense_NK, *operands(weight).values(), weight.outputs, weight.inputs, weight.padded_outputs,
+            **dequantize_constants(weight, dtype, nvidia=_on_nvidia(dense_NK)), **options(4, 1),
         )  # fmt: skip
     return in_order(dense_NK, weight)
 
@@ -127,16 +106,27 @@ def _forward(x_MK: Tensor, weight: PackedWeight, config: Config | None) -> Tenso
 
 def constants(weight: PackedWeight, config: Config, dtype: torch.dtype, *, nvidia: bool) -> dict[str, Any]:
     """What the forward kernel is compiled for, beside the types of its operands."""
+    tiles = {"SCALE_AFTER": weight.scales_segments, "BM": config.block_m, "BN": config.block_n}
+    return _decoding(weight, dtype, nvidia) | tiles
+
+
+DEQUANTIZED_ROWS = 32
+"""Outputs of a tile of `dequantize`, whose inputs are a block."""
+
+
+def dequantize_constants(weight: PackedWeight, dtype: torch.dtype, *, nvidia: bool) -> dict[str, Any]:
+    """As `constants`, of the kernel of `dequantize`."""
+    return _decoding(weight, dtype, nvidia) | {"BN": DEQUANTIZED_ROWS}
+
+
+def _decoding(weight: PackedWeight, dtype: torch.dtype, nvidia: bool) -> dict[str, Any]:
     one_zero = weight.zeros_GN is None or weight.scales_segments  # for all planes of a block
     return {
         "LAYOUT": weight.layout,
         "BITS": weight.bits,
         "GROUP": weight.group_size,
-        "SCALE_AFTER": weight.scales_segments,
         "PTX": nvidia and weight.bits == 4 and one_zero and dtype != torch.float32,
         "BLOCK": weight.block,
-        "BM": config.block_m,
-        "BN": config.block_n,
     }
 
 
@@ -158,12 +148,6 @@ def _counts(device: torch.device, tiles: int) -> Tensor:
         if not made or len(made[-1]) < tiles:
             made.append(torch.zeros(max(tiles, 1 << 14), dtype=torch.int32, device=device))  # graphs may use the others
     return made[-1]
-
-
-def gradient_tile(batch: int, weight: PackedWeight) -> tuple[int, int, int]:
-    """Tokens, outputs and places of `input_gradient`'s tiles; a bitmap's need more registers per weight."""
-    side = 32 if weight.layout == "bitmap" else 64
-    return min(64, max(16, 1 << (batch - 1).bit_length())), side, side
 
 
 def laid_out(x_MK: Tensor, weight: PackedWeight) -> Tensor:

@@ -70,15 +70,6 @@ def _as(bits_NU, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def popcount(bits):
-    """Set bits of unsigned 64-bit integers, in the form that compilers know and have an instruction for."""
-    bits = bits - ((bits >> 1) & 0x5555555555555555)
-    bits = (bits & 0x3333333333333333) + ((bits >> 2) & 0x3333333333333333)
-    bits = (bits + (bits >> 4)) & 0x0F0F0F0F0F0F0F0F
-    return ((bits * 0x0101010101010101) >> 56).to(tl.int32)
-
-
-@triton.jit
 def popcount16(bits):
     """Set bits of int32 below 2^16."""
     bits = bits - ((bits >> 1) & 0x5555)

@@ -33,7 +33,7 @@ def checked(parts: reference.PackedParts, dtype: torch.dtype) -> dict[str, objec
 
 
 if __name__ == "__main__":
-    dispatch._MANY_ROWS = 4
+    dispatch._MANY_ROWS = dispatch._MANY_ROWS_MASKED = 4
     torch.set_num_threads(1)
     found = {}
     for number, layout in enumerate(("dense", "2:4", "8:16", "bitmap")):
