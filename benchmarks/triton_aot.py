@@ -9,8 +9,9 @@ spills, shared memory and instructions from the machine code. Needs triton and n
 import argparse
 
 import torch
-from ctp_kernels.triton.aot import TARGETS, Compiled, compile_forward, compile_gradient, sample
+from ctp_kernels.triton.aot import TARGETS, Compiled, compile_dequantize, compile_forward, sample
 from ctp_kernels.triton.config import Config, default
+from ctp_kernels.triton.layouts import LAYOUTS
 
 HEADINGS = (
     "kernel", "target", "dtype", "tile", "registers", "spilled", "shared KB", "instructions", "tensor cores",
@@ -36,12 +37,12 @@ def main() -> None:
     parser.add_argument("--target", action="append", choices=list(TARGETS))
     parser.add_argument("--batch", type=int, action="append", help="rows of x; 16 and 512 where not given")
     parser.add_argument("--bits", type=int, default=4)
-    parser.add_argument("--layout", action="append", choices=["dense", "2:4", "8:16", "bitmap"])
+    parser.add_argument("--layout", action="append", choices=LAYOUTS)
     arguments = parser.parse_args()
     print("| " + " | ".join(HEADINGS) + " |")
     print("|" + "---|" * len(HEADINGS))
     types = (("fp16", torch.float16), ("bf16", torch.bfloat16))
-    for layout in arguments.layout or ("dense", "2:4", "8:16", "bitmap"):
+    for layout in arguments.layout or LAYOUTS:
         weight = sample(layout, arguments.bits)
         for target in arguments.target or TARGETS:
             for batch in arguments.batch or (16, 512):
@@ -49,8 +50,8 @@ def main() -> None:
                 for name, dtype in types if batch == 16 else types[:1]:
                     found = compile_forward(weight, target, batch=batch, dtype=dtype)
                     print(row(f"{layout}, {arguments.bits} bits, M = {batch}", name, tile, found), flush=True)
-            found = compile_gradient(weight, target)
-            print(row(f"{layout}, {arguments.bits} bits, gradient", "fp16", "", found), flush=True)
+            found = compile_dequantize(weight, target)
+            print(row(f"{layout}, {arguments.bits} bits, made dense", "fp16", "", found), flush=True)
 
 
 if __name__ == "__main__":
