@@ -71,7 +71,7 @@ def default(batch: int, weight: PackedWeight, device: Device, element_bytes: int
     """
     bitmap, by_warpgroups = weight.layout == "bitmap", device.capability in _WARPGROUPS
     block_m = max(16, min(_power(batch), 64 if weight.layout == "dense" else 32))
-    block_n, warps, stages = 64, 8 if bitmap and batch > 16 else 4, 2 if bitmap else 3
+    block_n, warps, stages = 64, 8 if bitmap and batch > 16 and not by_warpgroups else 4, 2 if bitmap else 3
     if batch > 64 and not bitmap and by_warpgroups:
         block_m, block_n, warps = 128, 128, 8  # sums are in tensor memory there, or spread over two warpgroups
     elif batch > 16 and weight.layout == "8:16" and by_warpgroups:
@@ -113,7 +113,10 @@ def shared_bytes(config: Config, weight: PackedWeight, device: Device, element_b
     block, places = weight.block, weight.block // weight.planes
     # of a bitmap: masks, and two or three words for the codes of 8 weights
     windows = 2 + 4 * (3 if weight.bits == 8 else 2)
-    bits = {"dense": weight.bits, "8:16": weight.bits / 2 + 1, "bitmap": windows}[weight.layout]
+    # of 8:16 one by one: both neighbours load the word they share, and its first mask again
+    alone = weight.bits != 4 or element_bytes == 4 or not (weight.scales_segments or weight.zeros_GN is None)
+    shared = weight.bits + 3 if alone else weight.bits / 2 + 1
+    bits = {"dense": weight.bits, "8:16": shared, "bitmap": windows}[weight.layout]
     weights = block * config.block_n * bits / 8
     tiled_grid = not weight.scales_segments and (weight.layout != "dense" or weight.group_size % places != 0)
     if tiled_grid:
