@@ -7,7 +7,8 @@ vocabulary of 32,000 (22 blocks of width 2,048), and the same pruned to 50% with
 runs in a process of its own, in turn, so that a machine that slows down slows all of them:
 
 - transformers in bfloat16 and in float32, as it comes;
-- `ctp_kernels.dispatch` on the packed checkpoint, weights packed in memory;
+- `ctp_kernels.dispatch` on the packed checkpoint, weights packed in memory; with activations rounded to 8 bits, with
+  pruned layers as dense codes, and with both;
 - llama.cpp on a GGUF file, where --gguf is given and llama-cpp-python is installed (the embedded model's file is Q4_1).
 
 The time of the tokens after the first counts. Memory is the process's peak resident size after the model was loaded.
@@ -15,6 +16,7 @@ The time of the tokens after the first counts. Memory is the process's peak resi
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -34,6 +36,13 @@ from ctp_cli.models.resolve import resolve_model
 
 BILLION = {"layers": 22, "hidden": 2048, "wide": 5632, "vocabulary": 32000, "head": 64}
 DTYPES = {"transformers bfloat16": torch.bfloat16, "transformers float32": torch.float32}
+PACKED = {
+    "ctp packed": (),
+    "ctp packed, x in 8 bits": ("CTP_INT8_ACTIVATIONS",),
+    "ctp packed, dense codes": ("CTP_DENSE_CODES",),
+    "ctp packed, dense codes, x in 8 bits": ("CTP_DENSE_CODES", "CTP_INT8_ACTIVATIONS"),
+}
+"""Environment variables that are 1."""
 
 
 def main() -> None:
@@ -63,14 +72,15 @@ def random_pair(folder: Path) -> tuple[str, str]:
 
 
 def compare(given: argparse.Namespace) -> None:
-    competitors = [*DTYPES, "ctp packed", *(["llama.cpp"] if given.gguf else [])]
+    competitors = [*DTYPES, *PACKED, *(["llama.cpp"] if given.gguf else [])]
     found: dict[str, list[dict[str, float]]] = {name: [] for name in competitors}
     sizes = ["--new-tokens", str(given.new_tokens), "--context", str(given.context)]
     for _ in range(given.rounds):
         for name in competitors:
             files = [given.model, given.checkpoint, *(["--gguf", str(given.gguf)] if given.gguf else [])]
             command = [sys.executable, __file__, *files, *sizes, "--one", name]
-            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+            told = os.environ | dict.fromkeys(PACKED.get(name, ()), "1")
+            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=told)
             found[name].append(json.loads(done.stdout.splitlines()[-1]))
     print("| | tokens/s, median (min to max) | times transformers bfloat16 | peak memory, GB |\n|---|---|---|---|")
     base = found["transformers bfloat16"]
@@ -86,7 +96,7 @@ def compare(given: argparse.Namespace) -> None:
 def measured(given: argparse.Namespace) -> dict[str, float]:
     if given.one == "llama.cpp":
         return llama_cpp(given)
-    if given.one == "ctp packed":
+    if given.one in PACKED:
         model: Any = load_model(resolve_model(given.checkpoint).path, packed=True)
     else:
         path = resolve_model(given.model).path
