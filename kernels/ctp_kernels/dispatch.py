@@ -48,10 +48,10 @@ _WHY = {
     INT4: "PyTorch multiplies with 4-bit codes, and nothing is made dense",
     DENSE: "weights are made dense for each product, which works anywhere",
 }
-_MANY_ROWS, _MANY_ROWS_MASKED = 256, 64
-"""Up to here tiles of packed weights, which every 64 rows decode again, take less time on an H200 (38 us of 4096 x 4096
-weights, 21 to 47 with a mask) than float16 weights would that were made dense first: 12 to 17 us, and at least 10 for
-writing and reading them, which is bytes by bandwidth and not measured."""
+_MANY_ROWS, _MANY_ROWS_MASKED = 128, 64
+"""Up to here weights are multiplied as they are packed on a GPU. On an H200 that took 23 us for 128 rows of 4096 x 4096
+weights with dense codes, and 21 for 64 rows of 8:16, where float16 weights took 14 and 13. Making them dense was not
+timed; writing and reading 34 MB takes 10 at least, so the times meet about here, and earlier for bitmaps (47 us)."""
 _SOME_ROWS = 128
 """Up to here decoding in registers was faster than dense weights on a processor with AVX2: 1.2 to 2.5 times with 4096 x
 4096 weights, as fast with 576 x 576. They meet between 128 and 256 rows, with a bitmap later."""
@@ -86,7 +86,7 @@ def explain(
     Shapes and types of `parts` are what counts: they may be on the meta device. A GPU that is not there is taken for
     one that the kernels support.
     """
-    about = _described_dense(parts) if dense_codes else parts
+    about = _described_dense(parts) if dense_codes and parts.mask is not None else parts
     return _choose(about, torch.device(device), dtype, rows, {}, int8_activations)
 
 
@@ -126,6 +126,7 @@ class Weight:
     def __init__(self, parts: PackedParts, *, int8_activations: bool = False, dense_codes: bool = False) -> None:
         self.int8_activations = int8_activations
         self._mask: Tensor | None = None  # of a layer whose ways are given dense codes
+        self._shape = parts.codes.shape
         self._parts: PackedParts | None = parts
         self._own: _Own | None = None
         self._layer: PackedLayer | None = None  # of the tensors in `_parts`, or `_own` itself
@@ -160,7 +161,7 @@ class Weight:
             found = self._own.stored()
         else:
             found = self._own.stored(self._g_idx)
-        return found if self._mask is None else _with_mask(found, self._mask.to(self.device))
+        return found if self._mask is None else _with_mask(found, self._mask.to(self.device), self._shape)
 
     def restore(self) -> PackedParts:
         """`stored`, and hold the layer that way again until its next product."""
@@ -168,7 +169,10 @@ class Weight:
         return self._parts
 
     def tensors(self) -> dict[str, Tensor]:
-        """What the layer takes in memory, but for row starts; "own_NAME" for what only a way's own form has."""
+        """What the layer takes in memory, but for row starts and a mask that dense codes have put aside.
+
+        "own_NAME" for what only a way's own form has.
+        """
         if self._parts is not None:
             return _tensors(self._parts)
         assert self._own is not None
@@ -186,8 +190,12 @@ class Weight:
         """The weights (N, K) in `dtype`, rounded once from float32 products."""
         if isinstance(self._own, layouts.PackedWeight) and dtype in ops.DTYPES:
             return ops.dequantize(self._own, dtype=dtype)
-        if isinstance(self._own, PackedLayer) and self._own.order is not None:
-            return _dense(self._own.parts, self._own.starts_N, dtype)[:, self._own.order.argsort()]
+        if isinstance(self._own, PackedLayer):
+            dense_NK = _dense(self._own.parts, self._own.starts_N, dtype)
+            return dense_NK if self._own.order is None else dense_NK[:, self._own.order.argsort()]
+        if isinstance(self._own, _Int4):
+            parts = self._own.stored()
+            return _dense(parts, _checked_starts(parts), dtype)
         return _dense(self.stored(), self._starts_N, dtype)
 
     def form_for(self, dtype: torch.dtype, rows: int) -> "_Own | None":
@@ -414,10 +422,9 @@ def _against_int4(parts: PackedParts, device: torch.device, dtype: torch.dtype, 
 
 
 def _described_dense(parts: PackedParts) -> PackedParts:
-    """What `_with_dense_codes` makes, on the meta device."""
+    """What `_with_dense_codes` makes, with codes on the meta device."""
     bytes_each = (parts.inputs * parts.bits + 7) // 8
-    codes = torch.empty(parts.outputs * bytes_each, dtype=torch.uint8, device="meta")
-    return replace(_moved(parts, torch.device("meta")), codes=codes, mask=None)
+    return replace(parts, codes=torch.empty(parts.outputs * bytes_each, dtype=torch.uint8, device="meta"), mask=None)
 
 
 def _with_dense_codes(parts: PackedParts) -> PackedParts:
@@ -435,11 +442,11 @@ def _with_dense_codes(parts: PackedParts) -> PackedParts:
     return replace(parts, codes=pack_kept(codes_NK, torch.ones_like(keep_NK), parts.bits), mask=None)
 
 
-def _with_mask(parts: PackedParts, mask_NB: Tensor) -> PackedParts:
+def _with_mask(parts: PackedParts, mask_NB: Tensor, shape: torch.Size) -> PackedParts:
     """The inverse of `_with_dense_codes`."""
     keep_NK = unpack_bits(mask_NB)
     codes_NK = unpack_kept(parts.codes.flatten(), torch.ones_like(keep_NK), parts.bits)
-    return replace(parts, codes=pack_kept(codes_NK, keep_NK, parts.bits), mask=mask_NB)
+    return replace(parts, codes=pack_kept(codes_NK, keep_NK, parts.bits).view(shape), mask=mask_NB)
 
 
 def _unequal_groups(parts: PackedParts) -> str:

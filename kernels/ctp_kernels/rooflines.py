@@ -34,7 +34,7 @@ BATCHES = (1, 4, 16, 64)
 GPU_BYTES_PER_S = {"A100": 2.0e12, "H100": 3.35e12, "RTX 4090": 1.0e12}
 """Memory bandwidths as their makers state them, rounded."""
 _SAMPLE_S = 2e-3
-"""A sample is as many products as take about this long, one at least."""
+"""A sample is as many products as take about this long, one at least; on GPUs one with each copy at least."""
 _MOST_COPIES = 256
 _COPIED_BYTES = 1 << 26
 _CACHE_BYTES = 1 << 26

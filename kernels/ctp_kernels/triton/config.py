@@ -54,12 +54,13 @@ def choose(
 ) -> Config:
     """The measured configuration for the nearest batch size of this layer and GPU, else `default`.
 
-    element_bytes: of an activation.
+    element_bytes: of an activation. What was measured with 2 need not fit into shared memory with 4.
     """
     known = measured(device.name, folder).get(layer_key(weight), {})
     if known:
-        nearest = min(known, key=lambda size: abs(bucket(batch) - size))
-        return known[nearest]
+        nearest = known[min(known, key=lambda size: abs(bucket(batch) - size))]
+        if shared_bytes(nearest, weight, device, element_bytes) <= device.shared_bytes:
+            return nearest
     return default(batch, weight, device, element_bytes)
 
 

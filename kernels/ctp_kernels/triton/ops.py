@@ -40,7 +40,8 @@ def matmul(x: Tensor, weight: PackedWeight, *, config: Config | None = None) -> 
 def input_gradient(gy: Tensor, weight: PackedWeight) -> Tensor:
     """gx = gy W: the gradient with respect to x from that with respect to y, by weights that are made dense for it.
 
-    Shapes: gy (..., N), dtypes as in `matmul`; returns (..., K) in gy's dtype. Weights are rounded to it.
+    Shapes: gy (..., N), dtypes as in `matmul`; returns (..., K) in gy's dtype. Weights are rounded to it, and the
+        product is PyTorch's: float32 is TF32 where that was allowed.
     Raises: as `matmul`.
     """
     _check(gy, weight, weight.outputs, "outputs")
@@ -94,7 +95,7 @@ def _forward(x_MK: Tensor, weight: PackedWeight, config: Config | None) -> Tenso
     sums, arrived = None, None
     if config.splits > 1:
         sums = x_MK.new_empty(config.splits, *y_MN.shape, dtype=torch.float32)
-        arrived = _counts(x_MK.device, grid[0] * grid[1])
+        arrived = counts(x_MK.device, grid[0] * grid[1], _stream(x_MK.device))
     with _on(x_MK):
         forward.forward[grid](
             x_MK, y_MN, sums, arrived, *operands(weight).values(),
@@ -131,23 +132,38 @@ def _decoding(weight: PackedWeight, dtype: torch.dtype, nvidia: bool) -> dict[st
 
 
 _COUNTS: dict[tuple[torch.device, int], list[Tensor]] = {}
-_GRAPHS = -1
-"""Stands for a stream: that of graphs, which are replayed one after the other, as memory pools they share demand."""
+"""Of each device and stream; the last is the one in use, graphs may hold the others."""
+_FOR_GRAPHS: dict[torch.device, tuple[Tensor, int]] = {}
+"""Of each device, and how many of them captured products have."""
+_COUNTED = 1 << 14
+_COUNTED_BY_GRAPHS = 1 << 18
 
 
-def _counts(device: torch.device, tiles: int) -> Tensor:
-    """Zeros (tiles or more,) int32, which kernels leave at 0; for each stream its own, since streams run at once."""
+def counts(device: torch.device, tiles: int, stream: int | None) -> Tensor:
+    """Zeros (tiles or more,) int32, which kernels leave at 0, that no other product uses at the same time.
+
+    stream: the current one, whose products follow one another; None while it is captured into a graph, of which nobody
+    knows what it will run beside: then every product gets its own.
+    """
+    if stream is None:
+        made, used = _FOR_GRAPHS.get(device, (None, 0))
+        if made is None or used + tiles > len(made):
+            return torch.zeros(tiles, dtype=torch.int32, device=device)  # made anew by every replay, in a microsecond
+        _FOR_GRAPHS[device] = made, used + -(-tiles // 32) * 32  # addresses stay multiples of 16
+        return made[used : used + tiles]
+    if device not in _FOR_GRAPHS:  # memory that is taken while capturing is not zero before the first replay
+        _FOR_GRAPHS[device] = torch.zeros(_COUNTED_BY_GRAPHS, dtype=torch.int32, device=device), 0
+    found = _COUNTS.setdefault((device, stream), [])
+    if not found or len(found[-1]) < tiles:
+        found.append(torch.zeros(max(tiles, _COUNTED), dtype=torch.int32, device=device))
+    return found[-1]
+
+
+def _stream(device: torch.device) -> int | None:
+    """For `counts`."""
     if device.type != "cuda":
-        return torch.zeros(tiles, dtype=torch.int32, device=device)
-    if torch.cuda.is_current_stream_capturing():
-        # memory that is taken here would be written when the graph is replayed, and not before
-        made = _COUNTS.get((device, _GRAPHS), [])
-        return made[-1] if made and len(made[-1]) >= tiles else torch.zeros(tiles, dtype=torch.int32, device=device)
-    for stream in (_GRAPHS, torch.cuda.current_stream(device).cuda_stream):
-        made = _COUNTS.setdefault((device, stream), [])
-        if not made or len(made[-1]) < tiles:
-            made.append(torch.zeros(max(tiles, 1 << 14), dtype=torch.int32, device=device))  # graphs may use the others
-    return made[-1]
+        return 0
+    return None if torch.cuda.is_current_stream_capturing() else torch.cuda.current_stream(device).cuda_stream
 
 
 def laid_out(x_MK: Tensor, weight: PackedWeight) -> Tensor:

@@ -1,5 +1,6 @@
 """Measuring which configuration of a product is the fastest on the GPU at hand. Needs that GPU."""
 
+import contextlib
 import copy
 import functools
 import itertools
@@ -33,8 +34,8 @@ def tune(
 ) -> Path:
     """Time every candidate for each batch size (rows of x) and keep the fastest for these layers' shapes and this GPU.
 
-    Times are medians, with weights in rotation so that caches do not hold them, and without launching. Nearly all of it
-    is compilation: some hundred kernels per layout, bits and group size, on all processor cores at once.
+    Times are medians without launching, with weights in rotation, which caches do not hold from some million on. Nearly
+    all of it is compilation: a hundred kernels per layout, bits and group size, on all processor cores at once.
     Returns the file that `matmul` will read from then on where `folder` is the default. `on_layer` is called with a
     layer's key once it is tuned.
     Raises: ValueError if a weight is not on a GPU.
@@ -79,7 +80,7 @@ def _rotation(weight: PackedWeight) -> list[PackedWeight]:
 
 
 def _milliseconds(x_MK: torch.Tensor, copies: Sequence[PackedWeight], config: Config, carefully: bool) -> float:
-    from triton.runtime.errors import OutOfResources
+    from triton.runtime.errors import OutOfResources, PTXASError
     from triton.testing import do_bench_cudagraph
 
     turns = itertools.cycle(copies)
@@ -89,7 +90,7 @@ def _milliseconds(x_MK: torch.Tensor, copies: Sequence[PackedWeight], config: Co
                 lambda: matmul(x_MK, next(turns), config=config), rep=10 if carefully else 2, return_mode="median"
             )
         )
-    except OutOfResources as error:  # shared memory is estimated, registers are not
+    except (OutOfResources, PTXASError) as error:  # shared memory is estimated, registers are not
         log.debug("skipped: %s", error)
         return float("inf")
 
@@ -111,13 +112,17 @@ def _compile(pairs: Iterable[tuple[PackedWeight, Config]], dtype: torch.dtype) -
         # of sizes, kernels know whether they are multiples of 16
         alike = (*kinds.values(), *(size % 16 == 0 for size in sizes), *job[2].values(), *job[3].values(), job[4])
         jobs[alike] = job
-    with ProcessPoolExecutor(os.cpu_count(), mp_context=multiprocessing.get_context("spawn")) as pool:
+    processes = max(1, min(len(os.sched_getaffinity(0)), len(jobs)))
+    with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
         list(pool.map(_compile_one, jobs.values(), chunksize=4))
 
 
 def _compile_one(job: tuple[Any, ...]) -> None:
+    from triton.runtime.errors import OutOfResources, PTXASError
+
     from ctp_kernels.triton.forward import forward
 
     kinds, sizes, fixed, settings, split, dtype = job
     sums, arrived = (torch.float32, torch.int32) if split else (None, None)
-    forward.warmup(dtype, dtype, sums, arrived, *kinds.values(), 7, *sizes, 3, grid=(1,), **fixed, **settings)
+    with contextlib.suppress(OutOfResources, PTXASError):  # and again where it is timed, which takes it for slow
+        forward.warmup(dtype, dtype, sums, arrived, *kinds.values(), 7, *sizes, 3, grid=(1,), **fixed, **settings)

@@ -101,7 +101,9 @@ def test_tuning_takes_every_layer_in_every_layout(monkeypatch: pytest.MonkeyPatc
 
     def record(weights, *, batches, on_layer):  # type: ignore[no-untyped-def]
         assert batches == rooflines.BATCHES
-        tuned.extend((weight.layout, weight.outputs, weight.inputs) for weight in weights)
+        for weight in weights:
+            tuned.append((weight.layout, weight.outputs, weight.inputs))
+            on_layer(weight.layout)
         return Path("gpu.json")
 
     monkeypatch.setattr(stage, "tune", record)

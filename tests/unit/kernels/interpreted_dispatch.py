@@ -11,9 +11,9 @@ from packed_layers import random_parts
 from test_dispatch import distance, same_bits
 
 
-def checked(parts: reference.PackedParts, dtype: torch.dtype) -> dict[str, object]:
+def checked(parts: reference.PackedParts, dtype: torch.dtype, *, dense_codes: bool = False) -> dict[str, object]:
     generator = torch.Generator().manual_seed(3)
-    weight, errors, ways = dispatch.prepare(parts), [], []
+    weight, errors, ways = dispatch.prepare(parts, dense_codes=dense_codes), [], []
     for rows in (2, 5):  # the second is many
         x = torch.randn(rows, parts.inputs, generator=generator).to(dtype).requires_grad_()
         gy = torch.randn(rows, parts.outputs, generator=generator).to(dtype)
@@ -43,4 +43,6 @@ if __name__ == "__main__":
         if number == 3:
             parts = replace(parts, g_idx=(torch.arange(240) % 3).int())
         found[f"{layout} {dtype}"] = checked(parts, dtype)
+        if layout in ("2:4", "bitmap"):
+            found[f"{layout} {dtype}, dense codes"] = checked(parts, dtype, dense_codes=True)
     json.dump(found, sys.stdout)

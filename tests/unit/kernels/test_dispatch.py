@@ -70,6 +70,16 @@ def test_products_and_gradients_are_the_oracles(
     assert distance(x.grad, reference.input_gradient(gy.double(), parts)) < TOLERANCE[dtype]
 
 
+def test_dense_codes_change_nothing_about_groups_that_a_way_refuses() -> None:
+    parts = replace(layer("bitmap"), g_idx=torch.arange(256) % 3)
+    told = [
+        dispatch.explain(parts, device="cuda", dtype=torch.float16, rows=1, dense_codes=asked)
+        for asked in (False, True)
+    ]
+    assert [choice.way for choice in told] == ["dense", "dense"]
+    assert all("groups of as many inputs each" in choice.others["triton"] for choice in told)
+
+
 @pytest.mark.parametrize("way", ["packed", "int4 or dense"])
 @pytest.mark.parametrize("scattered", [False, True])
 @pytest.mark.parametrize("bits", [4, 3])
@@ -78,6 +88,8 @@ def test_a_mask_can_give_way_to_dense_codes_and_comes_back(
     layout: str, symmetric: bool, bits: int, scattered: bool, way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     parts = layer(layout, symmetric=symmetric, bits=bits)
+    if layout == "2:4":
+        parts = replace(parts, codes=parts.codes.view(128, -1))  # as format ctp has them where all rows are as long
     if scattered:
         parts = replace(parts, g_idx=torch.arange(256) % 4)
     if way == "packed":
@@ -95,6 +107,8 @@ def test_a_mask_can_give_way_to_dense_codes_and_comes_back(
     # PyTorch's int4 product rounds scales and shifts, so that its weights of 0 are not quite
     assert distance(y, reference.matmul(x.detach().double(), parts)) < (5e-3 if told.way == "int4" else 3e-3)
     assert distance(x.grad, reference.input_gradient(torch.ones(3, 128).double(), parts)) < 3e-3
+    many = torch.randn(140, 256, generator=torch.Generator().manual_seed(1))
+    assert distance(dispatch.matmul(many, weight), reference.matmul(many.double(), parts)) < 1e-6
     if told.way != "dense":
         held = weight.tensors()
         assert "own_mask" not in held and "mask" not in held and "codes" not in held

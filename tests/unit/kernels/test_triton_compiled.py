@@ -75,7 +75,7 @@ def test_bfloat16(layout: str, target: str) -> None:
 
 @pytest.mark.parametrize(("layout", "target"), everywhere(quick={("dense", "sm_80"), ("bitmap", "sm_90")}))
 def test_weights_made_dense(layout: str, target: str) -> None:
-    """Nothing is multiplied there, and every weight is loaded once."""
+    """No product is left in there, and nothing is spilled."""
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
         compiled = aot.compile_dequantize(aot.sample(layout, 4), target, dtype=dtype)
         assert compiled.spilled == 0, compiled

@@ -62,6 +62,25 @@ def test_measured_configurations_come_back(tmp_path: Path) -> None:
     assert choose(1, weight, H100) == default(1, weight, H100)
 
 
+def test_what_was_measured_is_left_where_it_does_not_fit(tmp_path: Path) -> None:
+    weight, large = aot.sample("bitmap", 4), Config(64, 128, 2, 4, 3)
+    keep(H100.name, {layer_key(weight): {64: large}}, tmp_path)
+    assert choose(64, weight, H100, folder=tmp_path) == large
+    assert choose(64, weight, H100, element_bytes=4, folder=tmp_path) == default(64, weight, H100, 4)
+
+
+def test_what_is_shipped_was_a_candidate() -> None:
+    found = measured("NVIDIA H200")
+    assert len(found) == 9
+    for layer, sizes in found.items():
+        layout, bits, shape, _ = layer.split()
+        outputs, inputs = map(int, shape.split("x"))
+        weight = aot.sample(layout, int(bits), outputs=outputs, inputs=inputs)
+        assert layer_key(weight) == layer
+        for batch, config in sizes.items():
+            assert config in candidates(batch, weight, H100)
+
+
 def test_batch_sizes_are_rounded_up() -> None:
     assert [bucket(batch) for batch in (1, 2, 3, 15, 16, 17, 9000)] == [1, 2, 4, 16, 16, 32, 4096]
 

@@ -10,6 +10,8 @@ from ctp_kernels.triton.layouts import pack
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 ALL = 0xFFFFFFFF
+BIASES = pytest.mark.parametrize("bias", [(0x6407, 0x6408), (0x430F, 0x4300)], ids=["float16", "bfloat16"])
+"""Of two weights: their zero points are the lowest bits."""
 
 
 def lop3(a: int, b: int, c: int, table: int) -> int:
@@ -66,7 +68,8 @@ def signed_words(x: torch.Tensor) -> list[int]:
     return [int(value) & ALL for value in x.contiguous().view(torch.int32).flatten()]
 
 
-def test_dense_planes() -> None:
+@BIASES
+def test_dense_planes(bias: tuple[int, int]) -> None:
     from ctp_kernels.triton import ptx
 
     codes = random(16, 64, 128).to(torch.uint8)
@@ -74,13 +77,14 @@ def test_dense_planes() -> None:
     fields = (codes ^ 8).long().view(64, 4, 32)
     for row, u in ((0, 0), (3, 2), (63, 30)):
         word = signed_words(weight.codes[0, row, u : u + 2])[0]
-        found = halves(run(ptx.DENSE.value, 4, word, 0x64086407))
+        found = halves(run(ptx.DENSE.value, 4, word, bias[0] | bias[1] << 16))
         assert found == [
-            (int(fields[row, plane, u]) ^ 0x6407, int(fields[row, plane, u + 1]) ^ 0x6408) for plane in range(4)
+            (int(fields[row, plane, u]) ^ bias[0], int(fields[row, plane, u + 1]) ^ bias[1]) for plane in range(4)
         ]
 
 
-def test_eight_sixteen_planes() -> None:
+@BIASES
+def test_eight_sixteen_planes(bias: tuple[int, int]) -> None:
     from ctp_kernels.triton import ptx
 
     codes = random(16, 64, 256).to(torch.uint8)
@@ -95,12 +99,13 @@ def test_eight_sixteen_planes() -> None:
             words = signed_words(weight.codes[0, row, 8 * half : 8 * half + 8])
             masks = signed_words(weight.mask[0, row])
             for pair in range(8):
-                found = halves(run(code.value, 8, words[pair], masks[pair], 0x64086407))
+                found = halves(run(code.value, 8, words[pair], masks[pair], bias[0] | bias[1] << 16))
                 first, second = fields[row, half, 2 * pair], fields[row, half, 2 * pair + 1]
-                assert found == [(int(first[p]) ^ 0x6407, int(second[p]) ^ 0x6408) for p in range(8)]
+                assert found == [(int(first[p]) ^ bias[0], int(second[p]) ^ bias[1]) for p in range(8)]
 
 
-def test_eight_planes() -> None:
+@BIASES
+def test_eight_planes(bias: tuple[int, int]) -> None:
     from ctp_kernels.triton import ptx
 
     kept = [0, 255, 1, 128, *(int(x) for x in random(256, 60))]
@@ -108,12 +113,12 @@ def test_eight_planes() -> None:
         codes = random(16, 2, 8).tolist()
         # codes after the last of a unit are those of later ones
         words = [sum(code << 4 * at for at, code in enumerate(unit)) for unit in codes]
-        found = halves(run(ptx.EIGHT.value, 8, *words, first | second << 16, 0x64086407))
+        found = halves(run(ptx.EIGHT.value, 8, *words, first | second << 16, bias[0] | bias[1] << 16))
         wanted = []
         for place in range(8):
             both = []
-            for mask, unit, bias in ((first, codes[0], 0x6407), (second, codes[1], 0x6408)):
+            for mask, unit, own in ((first, codes[0], bias[0]), (second, codes[1], bias[1])):
                 rank = (mask & ((1 << place) - 1)).bit_count()
-                both.append((unit[rank] if mask >> place & 1 else 0) ^ bias)
+                both.append((unit[rank] if mask >> place & 1 else 0) ^ own)
             wanted.append(tuple(both))
         assert found == wanted
