@@ -48,7 +48,7 @@ def tune(
     path = folder
     for weight in weights:
         device = device_of(weight.codes.device)
-        copies = _rotation(weight)
+        copies = rotation(weight)
         found = {}
         for batch in sizes:
             x_MK = torch.randn(batch, weight.inputs, dtype=dtype, device=weight.codes.device)
@@ -72,7 +72,7 @@ def _tried(weight: PackedWeight, batches: Iterable[int], dtype: torch.dtype) -> 
     return [config for batch in batches for config in candidates(batch, weight, device, dtype.itemsize)]
 
 
-def _rotation(weight: PackedWeight) -> list[PackedWeight]:
+def rotation(weight: PackedWeight) -> list[PackedWeight]:
     """Copies that together are twice what the GPU's cache holds; small layers as many as are worth their memory."""
     cache = getattr(torch.cuda.get_device_properties(weight.codes.device), "L2_cache_size", 1 << 26)
     count = min(64, max(2, -(-2 * cache // weight.weight_bytes)))
