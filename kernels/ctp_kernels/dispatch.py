@@ -27,11 +27,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ctp_kernels import packed
+from ctp_kernels import densified, packed
 from ctp_kernels.arithmetic import wide
 from ctp_kernels.cpu.build import cpu_features
 from ctp_kernels.packed import PackedLayer
-from ctp_kernels.ragged import pack_bits, pack_kept, row_starts, unpack_bits, unpack_kept
+from ctp_kernels.ragged import pack_bits, pack_kept, row_starts, unpack_bits
 from ctp_kernels.reference import PackedParts
 from ctp_kernels.triton import layouts, ops
 from ctp_kernels.unpack import dense_rows
@@ -86,7 +86,7 @@ def explain(
     Shapes and types of `parts` are what counts: they may be on the meta device. A GPU that is not there is taken for
     one that the kernels support.
     """
-    about = _described_dense(parts) if dense_codes and parts.mask is not None else parts
+    about = densified.described(parts) if dense_codes and parts.mask is not None else parts
     return _choose(about, torch.device(device), dtype, rows, {}, int8_activations)
 
 
@@ -136,7 +136,7 @@ class Weight:
         self._starts_N = _checked_starts(parts)
         self._about = _moved(parts, torch.device("meta"))
         if dense_codes and parts.mask is not None:
-            self._mask, self._about = parts.mask.cpu(), _described_dense(self._about)
+            self._mask, self._about = parts.mask.cpu(), densified.described(self._about)
         self.outputs, self.inputs, self.device = parts.outputs, self._about.inputs, parts.codes.device
         if parts.g_idx is not None and (refusal := _unequal_groups(parts)):
             self._refused = {TRITON: refusal, TRITON_DENSE: refusal}
@@ -161,7 +161,7 @@ class Weight:
             found = self._own.stored()
         else:
             found = self._own.stored(self._g_idx)
-        return found if self._mask is None else _with_mask(found, self._mask.to(self.device), self._shape)
+        return found if self._mask is None else densified.with_mask(found, self._mask.to(self.device), self._shape)
 
     def restore(self) -> PackedParts:
         """`stored`, and hold the layer that way again until its next product."""
@@ -213,7 +213,7 @@ class Weight:
             return made
         parts = self.restore()
         if self._mask is not None:
-            parts = _with_dense_codes(parts)
+            parts = densified.without_mask(parts)
         try:
             made = wanted.of(parts) if wanted is not layouts.PackedWeight else layouts.from_parts(parts)
         except ValueError as refusal:  # what shapes alone do not show
@@ -419,34 +419,6 @@ def _against_int4(parts: PackedParts, device: torch.device, dtype: torch.dtype, 
     if "avx2" not in cpu_features():
         return "this processor has no AVX2, without which it is slow"
     return ""
-
-
-def _described_dense(parts: PackedParts) -> PackedParts:
-    """What `_with_dense_codes` makes, with codes on the meta device."""
-    bytes_each = (parts.inputs * parts.bits + 7) // 8
-    return replace(parts, codes=torch.empty(parts.outputs * bytes_each, dtype=torch.uint8, device="meta"), mask=None)
-
-
-def _with_dense_codes(parts: PackedParts) -> PackedParts:
-    """The same weights without a mask: what it leaves out gets its zero point as code, which is a weight of 0."""
-    assert parts.mask is not None
-    keep_NK = unpack_bits(parts.mask)
-    codes_NK = unpack_kept(parts.codes.flatten(), keep_NK, parts.bits)
-    if parts.zeros is None:
-        zeros_NK = codes_NK.new_full((), 2 ** (parts.bits - 1))
-    elif parts.g_idx is None:
-        zeros_NK = parts.zeros.repeat_interleave(parts.inputs // parts.zeros.shape[1], 1)
-    else:
-        zeros_NK = parts.zeros[:, parts.g_idx.long()]
-    codes_NK = torch.where(keep_NK, codes_NK, zeros_NK)
-    return replace(parts, codes=pack_kept(codes_NK, torch.ones_like(keep_NK), parts.bits), mask=None)
-
-
-def _with_mask(parts: PackedParts, mask_NB: Tensor, shape: torch.Size) -> PackedParts:
-    """The inverse of `_with_dense_codes`."""
-    keep_NK = unpack_bits(mask_NB)
-    codes_NK = unpack_kept(parts.codes.flatten(), torch.ones_like(keep_NK), parts.bits)
-    return replace(parts, codes=pack_kept(codes_NK, keep_NK, parts.bits).view(shape), mask=mask_NB)
 
 
 def _unequal_groups(parts: PackedParts) -> str:

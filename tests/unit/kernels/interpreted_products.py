@@ -7,6 +7,10 @@ in the interpreter without saying so, and is left to compilation and to GPUs.
 import json
 import sys
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ctp_kernels.reference import PackedParts
 
 
 @dataclass(frozen=True)
@@ -47,15 +51,10 @@ CASES = {
 }
 
 
-def errors(case: Case, *, scattered: bool = False) -> dict[str, float]:
-    import torch
-    from ctp_kernels import reference
-    from ctp_kernels.triton import dequantize, from_parts, matmul
-    from ctp_kernels.triton.config import Config
+def parts_of(case: Case) -> "PackedParts":
     from packed_layers import random_parts
 
-    dtype = getattr(torch, case.dtype)
-    parts = random_parts(
+    return random_parts(
         case.layout,
         bits=case.bits,
         outputs=case.outputs,
@@ -63,6 +62,16 @@ def errors(case: Case, *, scattered: bool = False) -> dict[str, float]:
         groups=case.groups,
         symmetric=case.symmetric,
     )
+
+
+def errors(case: Case, *, scattered: bool = False) -> dict[str, float]:
+    import torch
+    from ctp_kernels import reference
+    from ctp_kernels.triton import dequantize, from_parts, matmul
+    from ctp_kernels.triton.config import Config
+
+    dtype = getattr(torch, case.dtype)
+    parts = parts_of(case)
     if scattered:
         parts = replace(parts, g_idx=torch.arange(case.inputs) % case.groups)
     weight = from_parts(parts)

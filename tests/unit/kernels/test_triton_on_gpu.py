@@ -12,8 +12,7 @@ from ctp_kernels.reference import PackedParts
 from ctp_kernels.triton import dequantize, from_parts, matmul
 from ctp_kernels.triton.config import Config
 from ctp_kernels.triton.ops import available, input_gradient
-from interpreted_products import CASES
-from packed_layers import random_parts
+from interpreted_products import CASES, parts_of
 
 DEVICE = "cuda"
 TOLERANCE = {torch.float16: 1e-3, torch.bfloat16: 4e-3, torch.float32: 1e-6}
@@ -37,14 +36,7 @@ def distance(found: torch.Tensor, wanted: torch.Tensor) -> float:
 @pytest.mark.parametrize("name", CASES)
 def test_products_gradients_and_weights_are_the_oracles(name: str, dtype: torch.dtype) -> None:
     case, limit = CASES[name], TOLERANCE[dtype]
-    parts = random_parts(
-        case.layout,
-        bits=case.bits,
-        outputs=case.outputs,
-        inputs=case.inputs,
-        groups=case.groups,
-        symmetric=case.symmetric,
-    )
+    parts = parts_of(case)
     weight = from_parts(moved(parts))
     x, gy = (torch.randn(case.batch, size).to(dtype) for size in (case.inputs, case.outputs))
     wanted = reference.matmul(x.double(), parts)
