@@ -1,11 +1,12 @@
 """Perplexity after compression: one pass and tuned, beside the published SparseGPT/GPTQ code where that was measured.
 
     python benchmarks/compression_quality.py DATA_FOLDER [--only "50%,4 bit"] [--how "one pass,tuned"]
-        [--tune-windows 32] [--model FOLDER] [--windows 64] [--options "--rounds 6"] [--orders 3]
+        [--tune-windows 32] [--model FOLDER] [--windows 64] [--options "--rounds 6"] [--orders 3] [--eval-windows 48]
 
 DATA_FOLDER holds c4.train.jsonl, wikitext2.test.txt and ptb.test.txt. Protocol: the embedded SmolLM2-135M, or another
 model, in bfloat16; calibration on the first windows of 1024 tokens, tuning on those after them; evaluation on at most
-48 windows of 1024, no BOS. Excess: what a model loses against the full one, nats per token, averaged over both texts.
+48 windows of 1024, or --eval-windows, no BOS. Excess: what a model loses against the full one, nats per token, averaged
+over both texts.
 The reference figures were measured with the published code on the embedded model and are only quoted here.
 With --orders N each setting runs N times, the calibration windows in N orders: what differs then is rounding alone.
 """
@@ -81,10 +82,13 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=64)
     parser.add_argument("--tune-windows", type=int, default=32)
     parser.add_argument("--options", default="", help="further options of `ctp compress`")
+    parser.add_argument("--eval-windows", type=int, default=48)
     parser.add_argument("--orders", type=int, default=1, help="of the calibration windows; the first is the text's")
     given = parser.parse_args()
     texts = {"wikitext2": "wikitext2.test.txt", "ptb": "ptb.test.txt:lines"}
-    section = EvalSection(ppl=tuple(f"{name}={given.data / file}" for name, file in texts.items()), windows=48)
+    section = EvalSection(
+        ppl=tuple(f"{name}={given.data / file}" for name, file in texts.items()), windows=given.eval_windows
+    )
 
     def measured(path: str) -> list[tuple[float, float]]:
         report = evaluate(section, targets=[Target("it", resolve_model(path))])
