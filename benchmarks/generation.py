@@ -29,6 +29,7 @@ import torch
 from ctp_kernels.prefix import cache_keyword, cache_of
 from random_checkpoints import llama_config, write_checkpoint
 from transformers import AutoModelForCausalLM
+from transformers.utils.logging import disable_progress_bar
 
 from ctp_cli.checkpoints.packed import PackedSettings
 from ctp_cli.models.loading import load_model
@@ -75,13 +76,14 @@ def compare(given: argparse.Namespace) -> None:
     competitors = [*DTYPES, *PACKED, *(["llama.cpp"] if given.gguf else [])]
     found: dict[str, list[dict[str, float]]] = {name: [] for name in competitors}
     sizes = ["--new-tokens", str(given.new_tokens), "--context", str(given.context)]
-    for _ in range(given.rounds):
+    for turn in range(given.rounds):
         for name in competitors:
             files = [given.model, given.checkpoint, *(["--gguf", str(given.gguf)] if given.gguf else [])]
             command = [sys.executable, __file__, *files, *sizes, "--one", name]
             told = os.environ | dict.fromkeys(PACKED.get(name, ()), "1")
             done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=told)
             found[name].append(json.loads(done.stdout.splitlines()[-1]))
+            print(f"round {turn + 1}: {name}: {found[name][-1]}", file=sys.stderr, flush=True)
     print("| | tokens/s, median (min to max) | times transformers bfloat16 | peak memory, GB |\n|---|---|---|---|")
     base = found["transformers bfloat16"]
     for name, rounds in found.items():
@@ -96,6 +98,7 @@ def compare(given: argparse.Namespace) -> None:
 def measured(given: argparse.Namespace) -> dict[str, float]:
     if given.one == "llama.cpp":
         return llama_cpp(given)
+    disable_progress_bar()
     if given.one in PACKED:
         model: Any = load_model(resolve_model(given.checkpoint).path, packed=True)
     else:
