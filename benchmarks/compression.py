@@ -1,11 +1,13 @@
 """Compression by ctp, by its peers and by the published code: time, memory and perplexity, side by side.
 
     python benchmarks/compression.py DATA_FOLDER [--rounds 3] [--windows 64] [--only ctp,gptqmodel]
-        [--gptq-clone DIR] [--sparsegpt-clone DIR]
+        [--eval-windows 48] [--peers-dtype float32] [--gptq-clone DIR] [--sparsegpt-clone DIR]
 
 Same model (SmolLM2-135M, bfloat16), same windows of 1024 tokens of c4.train.jsonl, same settings as far as a peer has
 them; each in a process and an environment of its own, in turn, so that a machine that slows down slows all of them.
 Whole time is the process from start to end. Perplexity is ctp's evaluator on at most 48 windows of WikiText-2 and PTB.
+GPTQModel and llm-compressor compute in bfloat16 where PyTorch has fast products for it, and else in float32, which is
+several times as fast there: each gets what its user would choose.
 The published code (IST-DASLab/gptq and IST-DASLab/sparsegpt) takes part where a clone of it is given.
 """
 
@@ -21,6 +23,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from safetensors.torch import save_file
 
 from ctp_cli.data.sources import load_text
@@ -52,18 +55,21 @@ def environment(name: str) -> str:
     return done.stdout.strip()
 
 
-def competitors(data: Path, gptq: Path | None, sparsegpt: Path | None) -> list[Competitor]:
+def competitors(data: Path, dtype: str, gptq: Path | None, sparsegpt: Path | None) -> list[Competitor]:
     ours = (sys.executable, "-m", "ctp_cli", "compress", "{model}", "--calibration", str(data / "c4.train.jsonl"))
     ours += ("--windows", "{count}", "-q", "-o", "{out}")
     bits, peers = ("--bits", "4", "--group-size", "64"), HERE / "peers"
     found = [
         Competitor(GPTQ, "ctp", (*ours, *bits, "--asymmetric", "--act-order", "static")),
         Competitor(
-            GPTQ, "GPTQModel", ("gptqmodel", str(peers / "with_gptqmodel.py"), "{model}", "{windows}", "{out}", *bits)
+            GPTQ,
+            "GPTQModel",
+            ("gptqmodel", str(peers / "with_gptqmodel.py"), "{model}", "{windows}", "{out}", "--dtype", dtype, *bits),
         ),
         Competitor(SPARSE, "ctp", (*ours, "--sparsity", "0.5")),
     ]
-    compressor = ("llmcompressor", str(peers / "with_llmcompressor.py"), "{model}", "{windows}", "{out}", "--method")
+    compressor = ("llmcompressor", str(peers / "with_llmcompressor.py"), "{model}", "{windows}", "{out}")
+    compressor += ("--dtype", dtype, "--method")
     found.append(Competitor(GPTQ, "llm-compressor", (*compressor, "gptq", *bits)))
     found.append(Competitor(SPARSE, "llm-compressor", (*compressor, "sparsegpt", "--sparsity", "0.5")))
     for method, clone, options in ((GPTQ, gptq, bits), (SPARSE, sparsegpt, ("--sparsity", "0.5"))):
@@ -102,20 +108,24 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=64)
     parser.add_argument("--only", default="", help="names of competitors, separated by commas")
     parser.add_argument("--method", default="", help="part of a method's name")
+    parser.add_argument("--eval-windows", type=int, default=48)
+    fast = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    parser.add_argument("--peers-dtype", default="bfloat16" if fast else "float32")
     parser.add_argument("--gptq-clone", type=Path)
     parser.add_argument("--sparsegpt-clone", type=Path)
     given = parser.parse_args()
     wanted = set(filter(None, given.only.split(",")))
     taking_part = [
         c
-        for c in competitors(given.data, given.gptq_clone, given.sparsegpt_clone)
+        for c in competitors(given.data, given.peers_dtype, given.gptq_clone, given.sparsegpt_clone)
         if (not wanted or c.name in wanted) and given.method in c.method
     ]
     model = resolve_model(NAME)
     text = load_text(str(given.data / "c4.train.jsonl"), default_part="train")
     ids_NT = windows(token_ids(text, load_tokenizer(model.path)), SEQLEN, most=given.windows, text=text)
     section = EvalSection(
-        ppl=(f"wikitext2={given.data / 'wikitext2.test.txt'}", f"ptb={given.data / 'ptb.test.txt'}:lines"), windows=48
+        ppl=(f"wikitext2={given.data / 'wikitext2.test.txt'}", f"ptb={given.data / 'ptb.test.txt'}:lines"),
+        windows=given.eval_windows,
     )
     runs: dict[Competitor, list[dict[str, float]]] = {c: [] for c in taking_part}
     quality: dict[Competitor, str] = {}

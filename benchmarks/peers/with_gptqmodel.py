@@ -25,9 +25,10 @@ def main() -> None:
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--group-size", type=int, default=64)
     parser.add_argument("--symmetric", action="store_true")
+    parser.add_argument("--dtype", default="bfloat16", help="of the arithmetic")
     given = parser.parse_args()
     config = QuantizeConfig(bits=given.bits, group_size=given.group_size, sym=given.symmetric, device="cpu")
-    model = GPTQModel.load(str(given.model), config, dtype=torch.bfloat16)
+    model = GPTQModel.load(str(given.model), config, dtype=getattr(torch, given.dtype))
     examples = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in load_file(given.windows)["ids"]]
     started = time.perf_counter()
     model.quantize(examples, batch_size=8, backend=BACKEND.GPTQ_TORCH)

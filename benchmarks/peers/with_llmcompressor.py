@@ -33,8 +33,9 @@ def main() -> None:
     parser.add_argument("--symmetric", action="store_true")
     parser.add_argument("--sparsity", type=float, default=0.5)
     parser.add_argument("--packed", action="store_true")
+    parser.add_argument("--dtype", default="auto", help="of the arithmetic; auto is the checkpoint's")
     given = parser.parse_args()
-    model = AutoModelForCausalLM.from_pretrained(given.model, dtype="auto")
+    model = AutoModelForCausalLM.from_pretrained(given.model, dtype=given.dtype)
     tokenizer = AutoTokenizer.from_pretrained(given.model)
     ids_NT = load_file(given.windows)["ids"]
     rows = [{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in ids_NT.tolist()]
@@ -64,7 +65,7 @@ def main() -> None:
     if given.packed:
         model.save_pretrained(given.out, save_compressed=True)
     else:
-        plain = AutoModelForCausalLM.from_pretrained(given.model, dtype="auto")
+        plain = AutoModelForCausalLM.from_pretrained(given.model, dtype=given.dtype)
         names = dict(plain.named_parameters())
         for name, parameter in model.named_parameters():
             if name in names:
