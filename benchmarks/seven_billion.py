@@ -19,6 +19,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from matplotlib.figure import Figure
 from random_checkpoints import kept_or_temporary, like_llama_7b, write_checkpoint
@@ -47,7 +48,7 @@ class Memory:
         self.samples.append((seconds, anonymous, total))
         self.anonymous, self.total = max(self.anonymous, anonymous), max(self.total, peak)
 
-    def draw(self, figure: Path, shards: Sequence[float], estimated: str) -> None:
+    def draw(self, figure: Path, shards: Sequence[float], estimated_bytes: float) -> None:
         """The samples as a figure, with the moments at which shards were finished, and as CSV beside it."""
         lines = [f"{seconds:.1f},{anonymous},{total}" for seconds, anonymous, total in self.samples]
         figure.with_suffix(".csv").write_text("\n".join(["seconds,anonymous_bytes,resident_bytes", *lines, ""]))
@@ -55,14 +56,14 @@ class Memory:
         axes = Figure(figsize=(8, 3.5), layout="constrained").subplots()
         axes.plot(at, [value / 1e9 for value in total], color="0.7", label="resident, with mapped files")
         axes.plot(at, [value / 1e9 for value in anonymous], label="anonymous")
-        axes.axhline(float(estimated.split()[0]) / 1e3, color="C3", linestyle="--", label="estimated by --dry-run")
+        axes.axhline(estimated_bytes / 1e9, color="C3", linestyle="--", label="estimated by --dry-run")
         axes.vlines(shards, 0, 0.15, color="0.4", linewidth=0.8, label="a block is written")
         axes.set(xlabel="seconds", ylabel="GB", ylim=(0, None))
         axes.figure.legend(loc="outside upper center", ncols=4, fontsize="small")
         axes.figure.savefig(figure, dpi=120)
 
 
-def compress(model: Path, out: Path, options: list[str]) -> tuple[dict[str, str], Memory, list[float], float]:
+def compress(model: Path, out: Path, options: list[str]) -> tuple[dict[str, Any], Memory, list[float], float]:
     """What the dry run says, what was used, when each shard was finished, and the whole time."""
     command = [sys.executable, "-m", "ctp_cli", "compress", str(model), "-o", str(out), *options]
     plan = json.loads(subprocess.run([*command, "--dry-run", "--json"], check=True, capture_output=True).stdout)
@@ -103,14 +104,14 @@ def run(given: argparse.Namespace, folder: Path) -> None:
     options += given.options or ["--sparsity", "0.5", "--bits", "4"]
     plan, memory, shards, seconds = compress(model, out, options)
     if given.trace is not None:
-        memory.draw(given.trace, shards, plan["estimated memory"])
+        memory.draw(given.trace, shards, plan["memory_bytes"])
     results = json.loads((out / "ctp.json").read_text())["results"]
     blocks = [later - earlier for earlier, later in itertools.pairwise(shards)]
     print("| | estimated | happened |\n|---|---|---|")
-    print(f"| peak memory | {plan['estimated memory']} | {memory.anonymous / 1e6:.0f} MB anonymous, ", end="")
+    print(f"| peak memory | {plan['memory_bytes'] / 1e6:.0f} MB | {memory.anonymous / 1e6:.0f} MB anonymous, ", end="")
     print(f"{memory.total / 1e6:.0f} MB with mapped files |")
-    print(f"| checkpoint | {plan['estimated size']} | {results['checkpoint_bytes'] / 1e6:.0f} MB |")
-    print(f"| time | {plan['estimated time']} | {seconds:.0f} s |")
+    print(f"| checkpoint | {plan['checkpoint_bytes'] / 1e6:.0f} MB | {results['checkpoint_bytes'] / 1e6:.0f} MB |")
+    print(f"| time | {plan['seconds']:.0f} s | {seconds:.0f} s |")
     print(f"| time until blocks began | | {shards[0]:.1f} s |")
     print(f"| time per block | | {sum(blocks) / max(len(blocks), 1):.1f} s ", end="")
     print(f"({min(blocks, default=0):.1f} to {max(blocks, default=0):.1f}) |")

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 from ctp_cli import artifact
 from ctp_cli.data.sources import file_of, known_names, split_spec
 from ctp_cli.data.streams import open_stream
-from ctp_cli.errors import GateFailedError, OutputError
+from ctp_cli.errors import GateFailedError, OutputError, RecipeError
 from ctp_cli.files import read_json
 from ctp_cli.models.resolve import ResolvedModel, resolve_model
 from ctp_cli.progress import SILENT, Progress
@@ -24,15 +24,19 @@ REPORT = "report"
 class Step:
     """One stage of a recipe: where its artifact goes, the key that stands for everything it depends on."""
 
+    section: str
+    """Of the recipe."""
     name: str
     output: Path
     key: str
+    again: bool
+    """To be made though it is made: it was asked for, or a stage before it was."""
     make: Callable[[], Any]
 
     @property
     def made(self) -> bool:
         manifest = artifact.manifest_of(self.output)
-        return manifest is not None and manifest.get("made_for") == self.key
+        return not self.again and manifest is not None and manifest.get("made_for") == self.key
 
 
 @dataclass
@@ -47,16 +51,24 @@ class Plan:
         return Path(self.recipe.output) / name
 
 
-def plan(recipe: Recipe, *, device: str, force: bool = False, progress: Progress = SILENT) -> Plan:
+def plan(
+    recipe: Recipe, *, device: str, force: bool = False, redo: Collection[str] = (), progress: Progress = SILENT
+) -> Plan:
     """Resolve the model and lay out the steps; loads no weights.
 
-    Raises OutputError if a step's folder holds something made with other settings, unless `force`.
+    `redo` names sections of the recipe: their stages, and those that use what they make, are made again; `force`
+    replaces what was made with other settings. Raises RecipeError if the recipe has no such stage, OutputError if a
+    step's folder holds something made with other settings, unless `force`.
     """
     made = Plan(recipe, resolve_model(recipe.model, progress))
-    _Builder(made, device, force, progress).build()
+    _Builder(made, device, force, frozenset(redo), progress).build()
+    sections = list(dict.fromkeys(step.section for step in made.steps))
+    for name in redo:
+        if name not in sections:
+            raise RecipeError(f"--redo {name}: not a stage of this recipe", hint=f"it has {', '.join(sections)}")
     if not force:
         for step in made.steps:
-            if step.output.exists() and not step.made:
+            if step.output.exists() and not step.again and not step.made:
                 raise OutputError(
                     f"{step.output} exists and was made with other settings or inputs",
                     hint="give the recipe another output (--set output=...), or replace it with --force",
@@ -64,11 +76,11 @@ def plan(recipe: Recipe, *, device: str, force: bool = False, progress: Progress
     return made
 
 
-def run(steps: Plan, *, force: bool = False, progress: Progress = SILENT) -> list[tuple[Step, bool]]:
-    """Make what is not made yet (everything with `force`). Returns each step with True where it was left as it is."""
+def run(steps: Plan, *, progress: Progress = SILENT) -> list[tuple[Step, bool]]:
+    """Make what is not made yet, or to be made again. Returns each step with True where it was left as it is."""
     done = []
     for step in steps.steps:
-        already = step.made and not force
+        already = step.made
         if already:
             progress.say(f"{step.name}: already made, {step.output}")
         else:
@@ -100,6 +112,7 @@ class _Builder:
     plan: Plan
     device: str
     force: bool
+    redo: frozenset[str]
     progress: Progress
 
     def build(self) -> None:
@@ -126,11 +139,14 @@ class _Builder:
         base = self.plan.model
         return ResolvedModel(self.plan.output(name).resolve(), f"{base.name}-{name}", base.embedded)
 
-    def _add(self, name: str, settings: Any, upstream: str, make: Callable[[Path], Any]) -> str:
+    def _add(self, section: str, name: str, settings: Any, upstream: str, make: Callable[[Path, bool], Any]) -> str:
+        """`make` gets the folder, and whether to replace what is there."""
         content = json.dumps([name, settings, upstream], sort_keys=True, default=str)
         key = hashlib.sha256(content.encode()).hexdigest()
+        again = section in self.redo or any(step.again for step in self.plan.steps if step.key == upstream)
         output = self.plan.output(name)
-        self.plan.steps.append(Step(name, output, key, lambda: make(output)))
+        step = Step(section, name, output, key, again, lambda: make(output, self.force or again))
+        self.plan.steps.append(step)
         return key
 
     def _compress(self, upstream: str) -> str:
@@ -138,12 +154,13 @@ class _Builder:
 
         section = self.plan.recipe.compress
         assert section is not None
-        options: dict[str, Any] = {"device": self.device, "force": self.force, "progress": self.progress}
+        options: dict[str, Any] = {"device": self.device, "progress": self.progress}
         return self._add(
+            "compress",
             "compressed",
             [section.model_dump(exclude={"max_memory"}), _text_key(section.calibration)],
             upstream,
-            lambda output: compress(section, model=self.plan.model, output=output, **options),
+            lambda output, force: compress(section, model=self.plan.model, output=output, force=force, **options),
         )
 
     def _learn(self, subject: ResolvedModel, upstream: str) -> str:
@@ -153,8 +170,9 @@ class _Builder:
         assert given is not None
         seed = given.seed if "seed" in given.model_fields_set else self.plan.recipe.seed
         section = LearnSection.model_validate(given.model_dump() | {"seed": seed})
-        options: dict[str, Any] = {"device": self.device, "force": self.force, "progress": self.progress}
+        options: dict[str, Any] = {"device": self.device, "progress": self.progress}
         return self._add(
+            "learn",
             "prompt",
             [
                 section.model_dump(),
@@ -163,11 +181,12 @@ class _Builder:
                 *(_place_key(place) for place in (section.init, section.teacher) if place is not None),
             ],
             upstream,
-            lambda output: learn_prompt(
+            lambda output, force: learn_prompt(
                 section,
                 models=[subject],
                 teacher=resolve_model(section.teacher) if section.teacher else None,
                 output=output,
+                force=force,
                 **options,
             ),
         )
@@ -178,15 +197,16 @@ class _Builder:
         section = self.plan.recipe.stitch
         assert section is not None
         return self._add(
+            "stitch",
             "stitched",
             section.model_dump(),
             upstream,
-            lambda output: stitch(
+            lambda output, force: stitch(
                 section,
                 prompt_path=self.plan.output("prompt"),
                 model_path=subject.path,
                 output=output,
-                force=self.force,
+                force=force,
                 progress=self.progress,
             ),
         )
@@ -200,12 +220,13 @@ class _Builder:
         if self.plan.recipe.learn is not None:
             label = PROMPTED if self.plan.recipe.compress is not None else f"{FULL} + prompt"
             targets.append(Target(label, subject, self.plan.output("prompt")))
-        options: dict[str, Any] = {"device": self.device, "force": self.force, "progress": self.progress}
+        options: dict[str, Any] = {"device": self.device, "progress": self.progress}
         return self._add(
+            "eval",
             "evaluation",
             [section.model_dump(exclude={"max_ppl"}), [_text_key(text) for text in section.ppl]],
             upstream,
-            lambda output: evaluate(section, targets=targets, output=output, **options),
+            lambda output, force: evaluate(section, targets=targets, output=output, force=force, **options),
         )
 
     def _bench(self, subject: ResolvedModel, upstream: str, *, with_prompt: bool) -> str:
@@ -214,22 +235,23 @@ class _Builder:
         section = self.plan.recipe.bench
         assert section is not None
         return self._add(
+            "bench",
             "benchmark",
             section.model_dump(exclude={"max_latency_ms"}),
             upstream,
-            lambda output: bench(
+            lambda output, force: bench(
                 section,
                 model_path=subject.path,
                 prompt_path=self.plan.output("prompt") if with_prompt else None,
                 output=output,
                 device=self.device,
-                force=self.force,
+                force=force,
                 progress=self.progress,
             ),
         )
 
     def _report(self, upstream: str) -> str:
-        def draw(output: Path) -> None:
+        def draw(output: Path, force: bool) -> None:
             from ctp_cli.benchmark.figures import recovery_figure
 
             scores = read_json(self.plan.output("evaluation") / "scores.json")["scores"]
@@ -239,7 +261,7 @@ class _Builder:
                     score["perplexity"],
                     score["standard_error"],
                 )
-            with artifact.workspace(output, kind=REPORT, identity={"scores": upstream}, force=self.force) as space:
+            with artifact.workspace(output, kind=REPORT, identity={"scores": upstream}, force=force) as space:
                 recovery_figure(
                     texts,
                     space.path / "recovery.png",
@@ -247,7 +269,7 @@ class _Builder:
                 )
                 space.finish({"recipe": self.plan.recipe.model_dump(), "results": texts})
 
-        return self._add(REPORT, None, upstream, draw)
+        return self._add("eval", REPORT, None, upstream, draw)
 
 
 def _place_key(place: str) -> str:

@@ -90,6 +90,27 @@ def test_a_recipe_runs_once_and_then_knows_its_own(trained: Path, place: Path) -
     # other settings do not pass for the same, and nothing is overwritten
     changed = CliRunner().invoke(app, ["run", str(recipe), "--set", "learn.seed=1"])
     assert changed.exit_code == 2 and "made with other settings" in changed.stderr
+    assert before == {path: path.stat().st_mtime_ns for path in (place / "out").rglob("*")}
+
+
+def made_now(*arguments: object) -> list[str]:
+    """Stages that `ctp run` did not leave as they were."""
+    steps = json.loads(ctp("run", *arguments, "--json").stdout)["steps"]
+    return [name for name, _, how in steps if how == "made now"]
+
+
+def test_what_a_recipe_makes_again(trained: Path, place: Path) -> None:
+    recipe = place / "r.yaml"
+    recipe.write_text(RECIPE.format(model=trained))
+    ctp("run", recipe)
+    assert made_now(recipe, "--redo", "eval") == ["evaluation", "report"]
+    assert made_now(recipe, "--redo", "learn") == ["prompt", "stitched", "evaluation", "report", "benchmark"]
+    assert made_now(recipe, "--redo", "stitch", "--redo", "bench") == ["stitched", "benchmark"]
+    assert made_now(recipe) == []
+    # what other settings do not change stays
+    assert made_now(recipe, "--set", "stitch.vocab_multiple=16", "--force") == ["stitched"]
+    unknown = CliRunner().invoke(app, ["run", str(recipe), "--redo", "report"])
+    assert unknown.exit_code == 2 and "it has compress, learn, stitch, eval, bench" in unknown.stderr
 
 
 def test_a_recipe_makes_the_same_bytes_again(trained: Path, place: Path) -> None:
@@ -109,7 +130,9 @@ def test_wait_for_no_weights_in_a_dry_run(trained: Path, place: Path) -> None:
     plan = json.loads(
         ctp("compress", trained, "--bits", 4, "--calibration", "pydoc:train", "--dry-run", "--json").stdout
     )
-    assert plan["linear layers"] == 21 and plan["estimated size"].endswith("MB")
+    assert plan["linear_layers"] == 21 and plan["windows"] > 0
+    estimates = ("checkpoint_bytes", "memory_bytes", "disk_bytes", "seconds")
+    assert all(isinstance(plan[name], int | float) and plan[name] > 0 for name in estimates)
     assert [path.name for path in place.iterdir()] == ["r.yaml"]
 
 

@@ -5,7 +5,7 @@ import json as jsons
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -180,10 +180,8 @@ def compress(
             refuse_existing(extra, resolved.path, force=force)
     if dry_run:
         plan = stage.dry_run(section, model=resolved, output=path, force=force)
-        if beside:
-            plan["also, not counted"] = ", ".join(map(str, beside.values()))
-        console.document("compress-plan", plan)
-        console.table("would compress", ("", ""), [(key, str(value)) for key, value in plan.items()])
+        console.document("compress-plan", {**plan, "also_not_counted": [str(extra) for extra in beside.values()]})
+        console.table("would compress", ("", ""), _plan_rows(plan, list(beside.values())))
         return
     also = [str(extra) for extra in beside.values()]
     with made_for(key) if beside else contextlib.nullcontext():
@@ -232,6 +230,22 @@ def _show(console: Console, report: "CompressReport", name: str) -> None:
             ("time", time_text(report.seconds)),
         ],
     )
+
+
+def _plan_rows(plan: dict[str, Any], also: Sequence[Path]) -> list[tuple[str, str]]:
+    rows = [
+        ("model", plan["model"]),
+        ("calibration", f"{plan['calibration']}, {plan['windows']} windows of {plan['seqlen']} tokens"),
+        ("output", f"{plan['output']}, {plan['format']}"),
+        ("linear layers", f"{plan['linear_layers']} in {plan['blocks']} blocks"),
+        ("in memory", "two whole models, for tuning" if plan["whole_models_in_memory"] else "one block at a time"),
+        ("hidden states", plan["hidden_states"]),
+        ("estimated size", size_text(plan["checkpoint_bytes"])),
+        ("estimated memory", size_text(plan["memory_bytes"])),
+        ("estimated disk", size_text(plan["disk_bytes"])),
+        ("estimated time", time_text(plan["seconds"])),
+    ]
+    return rows + ([("also, not counted", ", ".join(map(str, also)))] if also else [])
 
 
 def _formats(given: str | None) -> list[str | None]:

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ctp_cli.commands.common import Device, DryRun, Force, Json, Quiet, note_without_effect, reports_errors
+from ctp_cli.commands.common import Device, DryRun, Json, Quiet, note_without_effect, reports_errors
 from ctp_cli.console import Console, time_text
 from ctp_cli.files import read_json
 from ctp_cli.recipe import load
@@ -19,8 +19,17 @@ def run(
         list[str] | None,
         typer.Option("--set", help="section.key=value; may be repeated.", metavar="KEY=VALUE"),
     ] = None,
+    redo: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Make this stage again, and those that use what it makes: compress, learn, ...; may be repeated.",
+            metavar="STAGE",
+        ),
+    ] = None,
     dry_run: DryRun = False,
-    force: Force = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace what was made with other settings.", rich_help_panel="Output")
+    ] = False,
     device: Device = "auto",
     json: Json = False,
     quiet: Quiet = False,
@@ -30,6 +39,7 @@ def run(
     \b
     ctp run recipes/quickstart.yaml
     ctp run recipes/quickstart.yaml --set compress.bits=3 --set output=runs/w3
+    ctp run recipes/quickstart.yaml --redo learn
     """
     console = Console(quiet=quiet, json_mode=json)
     resolved = load(recipe, set or ())
@@ -43,6 +53,7 @@ def run(
         resolved,
         device=resolve_device(resolved.device if device == "auto" else device),
         force=force,
+        redo=redo or (),
         progress=progress,
     )
     if dry_run:
@@ -50,7 +61,7 @@ def run(
         console.table(f"{recipe}, on {plan.model.name} ({plan.model.path})", ("stage", "", "output"), rows)
         console.document("run-plan", {"model": str(plan.model.path), "steps": [list(row) for row in rows]})
         return
-    done = runner.run(plan, force=force, progress=progress)
+    done = runner.run(plan, progress=progress)
     _summary(console, plan)
     seconds = time.monotonic() - started
     rows = [(step.name, str(step.output), "already made" if already else "made now") for step, already in done]

@@ -1,12 +1,13 @@
 """A frozen model, whole in this process or sharded over the processes of a job (FSDP2)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
@@ -38,12 +39,15 @@ class Frozen(nn.Module):
         return isinstance(self, FSDPModule)
 
     def held_bytes(self) -> int:
-        """Of parameters, in this process, between calls."""
-        return sum((p.to_local() if isinstance(p, DTensor) else p).nbytes for p in self.parameters())
+        """Of weights, dense and packed, in this process, between calls."""
+        return sum((p.to_local() if isinstance(p, DTensor) else p).nbytes for p in self._weights())
 
     def whole_bytes(self) -> int:
-        """Of parameters, in all processes together."""
-        return sum(p.nbytes for p in self.parameters())
+        """Of weights, in all processes together."""
+        return sum(p.nbytes for p in self._weights())
+
+    def _weights(self) -> Iterator[Tensor]:
+        return chain(self.parameters(), self.buffers())  # what a packed layer holds are buffers
 
 
 def load_sharded(path: Path, *, dtype: torch.dtype | None = None, device: str = "cpu") -> Frozen:

@@ -163,7 +163,7 @@ def _check_can_be_shared(section: CompressSection, processes: Processes, windows
 def dry_run(section: CompressSection, *, model: ResolvedModel, output: Path, force: bool = False) -> dict[str, Any]:
     """Check what can be checked without weights, which need not be there; estimate sizes, memory and time.
 
-    Sizes come from shapes, time from a probe of the machine.
+    Sizes come from shapes, time from a probe of the machine. What ends in `_bytes` and `seconds` are these estimates.
     """
     refuse_existing(output, model.path, force=force)
     config = _config_of_original(model)
@@ -181,16 +181,19 @@ def dry_run(section: CompressSection, *, model: ResolvedModel, output: Path, for
     disk_bytes = needs.checkpoint_bytes + (needs.hidden_bytes if in_files else 0)
     return {
         "model": str(model.path),
-        "calibration": f"{calibration.source}, {count} windows of {section.seqlen} tokens",
+        "calibration": calibration.source,
+        "windows": count,
+        "seqlen": section.seqlen,
         "output": str(output),
         "format": job.format,
-        "linear layers": sum(len(block.layers) for block in blocks),
-        "in memory": "two whole models, for tuning" if section.tune_windows else f"one of {len(blocks)} blocks",
-        "hidden states": "in files" if in_files else "in memory",
-        "estimated size": f"{needs.checkpoint_bytes / 1e6:.0f} MB",
-        "estimated memory": f"{memory_bytes / 1e6:.0f} MB",
-        "estimated disk": f"{disk_bytes / 1e6:.0f} MB",
-        "estimated time": f"{needs.seconds(in_files=in_files, dtype=skeleton.dtype):.0f} s",
+        "linear_layers": sum(len(block.layers) for block in blocks),
+        "blocks": len(blocks),
+        "whole_models_in_memory": 2 if section.tune_windows else 0,
+        "hidden_states": "in files" if in_files else "in memory",
+        "checkpoint_bytes": round(needs.checkpoint_bytes),
+        "memory_bytes": round(memory_bytes),
+        "disk_bytes": round(disk_bytes),
+        "seconds": needs.seconds(in_files=in_files, dtype=skeleton.dtype),
     }
 
 

@@ -116,6 +116,8 @@ def matmul(x: Tensor, weight: "Weight") -> Tensor:
         raise ValueError(f"{tuple(x.shape)} {x.dtype}: no floating-point rows of the layer's {weight.inputs} inputs")
     if x.device != weight.device:
         raise ValueError(f"activations on {x.device}, weights on {weight.device}")
+    if not (torch.is_grad_enabled() and x.requires_grad):
+        return _multiplied(x, weight)  # without autograd's bookkeeping, which small layers notice
     y: Tensor = _Product.apply(x, weight)
     return y
 
@@ -227,23 +229,27 @@ class Weight:
         return made
 
 
+def _multiplied(x: Tensor, weight: Weight) -> Tensor:
+    x_MK = x.reshape(-1, weight.inputs)
+    form = weight.form_for(x.dtype, len(x_MK))
+    if isinstance(form, layouts.PackedWeight) and len(x_MK) <= _most_rows(weight._about):
+        y_MN = ops.matmul(x_MK, form)
+    elif isinstance(form, PackedLayer):
+        y_MN = _packed_product(x.dtype, weight.int8_activations)(x_MK, form).to(x.dtype)
+    elif isinstance(form, _Int4):
+        y_MN = form.matmul(x_MK)
+    else:
+        y_MN = functional.linear(wide(x_MK), weight.dense(wide(x_MK).dtype)).to(x.dtype)
+    return y_MN.view(*x.shape[:-1], weight.outputs)
+
+
 class _Product(torch.autograd.Function):
     """Keeps no dense weights for the backward pass, which takes its own way."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Weight) -> Tensor:
         ctx.weight = weight
-        x_MK = x.reshape(-1, weight.inputs)
-        form = weight.form_for(x.dtype, len(x_MK))
-        if isinstance(form, layouts.PackedWeight) and len(x_MK) <= _most_rows(weight._about):
-            y_MN = ops.matmul(x_MK, form)
-        elif isinstance(form, PackedLayer):
-            y_MN = _packed_product(x.dtype, weight.int8_activations)(x_MK, form).to(x.dtype)
-        elif isinstance(form, _Int4):
-            y_MN = form.matmul(x_MK)
-        else:
-            y_MN = functional.linear(wide(x_MK), weight.dense(wide(x_MK).dtype)).to(x.dtype)
-        return y_MN.view(*x.shape[:-1], weight.outputs)
+        return _multiplied(x, weight)
 
     @staticmethod
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, None]:

@@ -12,6 +12,7 @@ M=rows (batch x tokens) N=outputs K=inputs G=groups
 """
 
 import ctypes
+import functools
 from dataclasses import dataclass, replace
 
 import torch
@@ -82,6 +83,12 @@ class PackedLayer:
             raise ValueError(f"zero points of up to {int(zeros_NG.max())} with codes of {parts.bits} bits")
         return cls(parts, starts_N, order, kind)
 
+    @functools.cached_property
+    def _numbers(self) -> tuple[int, ...]:
+        parts = self.parts
+        sizes = (parts.codes.numel(), parts.outputs, parts.inputs, parts.scales.shape[1])
+        return (*sizes, _segment(parts), parts.bits, self._kind)
+
     def stored(self, g_idx: Tensor | None) -> PackedParts:
         """The parts this was made of, whose `g_idx` is given."""
         if self.order is None:
@@ -142,7 +149,7 @@ def product_int8(x_MK: Tensor, layer: PackedLayer) -> Tensor:
 
 def _product(x_MK: Tensor, layer: PackedLayer, width: int) -> Tensor:
     parts, library = layer.parts, _library()
-    inputs = parts.inputs
+    _, outputs, inputs, *_ = layer._numbers
     if x_MK.dim() != 2 or x_MK.shape[1] != inputs or not x_MK.is_floating_point() or x_MK.device.type != "cpu":
         raise ValueError(f"{tuple(x_MK.shape)} {x_MK.dtype} on {x_MK.device}: no rows of {inputs} inputs on the CPU")
     if library is None:
@@ -150,11 +157,11 @@ def _product(x_MK: Tensor, layer: PackedLayer, width: int) -> Tensor:
     if layer.order is not None:
         x_MK = x_MK[:, layer.order]
     x_MK = x_MK.float().contiguous()
-    y_MN = torch.empty(len(x_MK), parts.outputs)
+    y_MN = torch.empty(len(x_MK), outputs)
     tensors = (parts.codes, parts.mask, layer.starts_N, parts.scales, parts.zeros)
     failed = library.packed_product(
         *(None if x is None else x.data_ptr() for x in tensors),
-        *(parts.codes.numel(), parts.outputs, inputs, parts.scales.shape[1], _segment(parts), parts.bits, layer._kind),
+        *layer._numbers,
         *(x_MK.data_ptr(), len(x_MK), width, y_MN.data_ptr(), torch.get_num_threads()),
     )
     if failed:
@@ -186,7 +193,8 @@ def _library() -> ctypes.CDLL | None:
     library = load("packed", AVX512_VNNI, AVX2_F16C)
     if library is None:
         return None
-    pointer, number = ctypes.c_void_p, ctypes.c_int64
-    library.packed_product.argtypes = [*[pointer] * 5, *[number] * 7, pointer, number, number, pointer, number]
-    library.packed_product.restype = ctypes.c_int
+    if library.packed_product.argtypes is None:
+        pointer, number = ctypes.c_void_p, ctypes.c_int64
+        library.packed_product.argtypes = [*[pointer] * 5, *[number] * 7, pointer, number, number, pointer, number]
+        library.packed_product.restype = ctypes.c_int
     return library

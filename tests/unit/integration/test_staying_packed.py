@@ -13,6 +13,7 @@ from ctp_cli.errors import InputError
 from ctp_cli.integration.linear import PackedLinear
 from ctp_cli.models.loading import load_model
 from ctp_cli.models.resolve import resolve_model
+from ctp_cli.models.sharding import Frozen
 from ctp_cli.recipe import CompressSection, EvalSection, LearnSection
 from ctp_cli.stages import eval as eval_stage
 from ctp_cli.stages import learn as learn_stage
@@ -54,6 +55,9 @@ def test_logits_of_packed_layers_are_those_of_dense_ones(family: str, settings: 
     assert layers == in_blocks - {"lm_head"}
     assert not any(parameter.is_meta for parameter in packed.parameters()), "nothing is left to be filled"
     assert sum(p.numel() for p in packed.parameters()) < sum(p.numel() for p in dense.parameters())
+    in_layers = sum(tensor.nbytes for m in packed.modules() if isinstance(m, PackedLinear) for tensor in m.buffers())
+    others = Frozen(packed).held_bytes() - sum(p.nbytes for p in packed.parameters()) - in_layers
+    assert in_layers > 0 and 0 <= others < 1000, "what layers hold is counted; others hold the frequencies of positions"
     ids = torch.randint(3, VOCAB_SIZE, (2, 20), generator=torch.Generator().manual_seed(7))
     with torch.no_grad():
         torch.testing.assert_close(packed(ids).logits, dense(ids).logits, rtol=1e-5, atol=1e-5)
