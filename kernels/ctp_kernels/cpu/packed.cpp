@@ -113,17 +113,25 @@ class Output {
         flipped_(layer.mask && width(layer.bits) == 4),
         step_(layer.blocks() * kBlock * width(layer.bits) / 8),
         decode_(decoder(layer.bits, layer.kind)),
-        zeros_(layer.segments()),
+        zeros_(layer.segments(), uint8_t(1 << (layer.bits - 1))),
         buffer_(stored_ ? 0 : layer.segments() * step_),
         copy_(layer.inputs * layer.bits / 8 + kBeyond) {}
 
   void take(int64_t o) {
-    const int64_t per_group = layer_.segments() / layer_.groups;
-    for (int64_t g = 0, s = 0; g < layer_.groups; ++g) {
-      const int64_t place = o * layer_.groups + g;
-      const float scale = _cvtsh_ss(layer_.scales[place]);
-      const uint8_t zero = layer_.zeros ? layer_.zeros[place] : uint8_t(1 << (layer_.bits - 1));
-      for (const int64_t end = s + per_group; s < end; ++s) scales[s] = scale, zeros_[s] = zero;
+    const int64_t groups = layer_.groups, per_group = layer_.segments() / groups;
+    const uint16_t* const halves = layer_.scales + o * groups;
+    const uint8_t* const zeros = layer_.zeros ? layer_.zeros + o * groups : nullptr;
+    if (per_group == 1) {
+      int64_t g = 0;
+      for (; g + 8 <= groups; g += 8)
+        _mm256_storeu_ps(&scales[g], _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(halves + g))));
+      for (; g < groups; ++g) scales[g] = _cvtsh_ss(halves[g]);
+      if (zeros) std::copy_n(zeros, groups, zeros_.begin());
+    } else {
+      for (int64_t g = 0; g < groups; ++g) {
+        std::fill_n(scales.begin() + g * per_group, per_group, _cvtsh_ss(halves[g]));
+        if (zeros) std::fill_n(zeros_.begin() + g * per_group, per_group, zeros[g]);
+      }
     }
     const uint8_t* from = layer_.codes + layer_.starts[o];
     if (stored_) {
