@@ -151,6 +151,8 @@ class CompressSection(Section):
     """Calibration windows."""
     seqlen: Annotated[int, Field(ge=8)] = 1024
     """Tokens per calibration window."""
+    bos: bool = False
+    """The tokenizer's BOS is the first token of every window, as models that were trained so want it (Gemma)."""
     max_memory: Bytes | None = None
     """Memory for the whole process, e.g. 4GB. Where it is short, hidden states between two blocks go to files in the
     unfinished output's folder, and a block is run again for each set of its layers: slower, with the same result.
@@ -307,6 +309,9 @@ class EvalSection(Section):
     seqlen: Annotated[int, Field(ge=8)] = 1024
     windows: Annotated[int, Field(ge=2)] = 256
     """At most this many windows of each text."""
+    bos: bool = False
+    """The tokenizer's BOS stands before every window and is not scored. Models that were trained so (Gemma) do badly
+    without."""
     batch_size: Annotated[int, Field(ge=1)] = 4
     convention: Literal["true", "paper"] = "true"
     """paper: counts prompt positions as the published evaluator did; only for comparison with the publication."""

@@ -96,6 +96,10 @@ def compress(
     ] = None,
     windows: Annotated[int | None, typer.Option(help="Number of windows.", rich_help_panel=TEXT)] = None,
     seqlen: Annotated[int | None, typer.Option(help="Tokens per window.", rich_help_panel=TEXT)] = None,
+    bos: Annotated[
+        bool | None,
+        typer.Option("--bos/--no-bos", help="Every window begins with the tokenizer's BOS.", rich_help_panel=TEXT),
+    ] = None,
     max_memory: Annotated[
         str | None,
         typer.Option(
@@ -147,6 +151,7 @@ def compress(
                 "calibration": calibration,
                 "windows": windows,
                 "seqlen": seqlen,
+                "bos": bos,
                 "max_memory": max_memory,
             },
         )

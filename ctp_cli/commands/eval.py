@@ -31,6 +31,12 @@ def evaluate(
     ] = None,
     seqlen: Annotated[int | None, typer.Option(help="Tokens per window.")] = None,
     windows: Annotated[int | None, typer.Option(help="At most so many windows of each text.")] = None,
+    bos: Annotated[
+        bool | None,
+        typer.Option(
+            "--bos/--no-bos", help="The tokenizer's BOS before every window, not scored: for Gemma and others."
+        ),
+    ] = None,
     batch_size: Annotated[int | None, typer.Option(help="Windows at a time.")] = None,
     convention: Annotated[
         str | None, typer.Option(help="true, or paper (counts prompt positions, for comparison only).")
@@ -64,6 +70,7 @@ def evaluate(
             "ppl": tuple(part.strip() for part in ppl.split(",") if part.strip()) if ppl is not None else None,
             "seqlen": seqlen,
             "windows": windows,
+            "bos": bos,
             "batch_size": batch_size,
             "convention": convention,
             "packed": packed,
@@ -118,7 +125,8 @@ def show(console: Console, report: Any) -> None:
             rows.append(["  against the first", *(s.against_first or "" for s in cells)])
     first = report.scores[0].details
     counts = [f"{s.text}: {s.details['windows']}" for s in report.scores if s.label == report.labels()[0]]
-    caption = f"perplexity ± standard error over windows of {first['seqlen']} tokens ({', '.join(counts)})"
+    behind = ", each behind a BOS" if first["bos"] else ""
+    caption = f"perplexity ± standard error over windows of {first['seqlen']} tokens{behind} ({', '.join(counts)})"
     if report.convention == "paper":
         caption += "; convention of the publication: prompt positions are counted, so prompted figures are too low"
     console.table("perplexity", ("", *report.texts()), rows, caption=caption)

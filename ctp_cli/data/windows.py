@@ -26,6 +26,13 @@ def token_ids(text: Text, tokenizer: PreTrainedTokenizerBase, *, most: int | Non
         length *= 2
 
 
+def bos_of(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Raises InputError where the tokenizer has none."""
+    if tokenizer.bos_token_id is None:
+        raise InputError("this model's tokenizer has no BOS token", hint="leave out --bos")
+    return int(tokenizer.bos_token_id)
+
+
 def windows(ids_T: Tensor, seqlen: int, *, most: int | None = None, text: Text, at_least: int = 1) -> Tensor:
     """Non-overlapping windows (N, seqlen), the tail dropped, the first `most` of them.
 

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ctp_cli.artifact import Workspace, folder_fingerprint, manifest_of, refuse_existing, unfinished, workspace
 from ctp_cli.checkpoints import writer
 from ctp_cli.data.sources import Text, load_text
-from ctp_cli.data.windows import token_ids, windows
+from ctp_cli.data.windows import bos_of, token_ids, windows
 from ctp_cli.errors import InputError, RecipeError
 from ctp_cli.models import embedded
 from ctp_cli.models.blocks import Block, find_blocks
@@ -207,8 +208,10 @@ def _config_of_original(model: ResolvedModel) -> Any:
 def _windows(section: CompressSection, calibration: Text, tokenizer: PreTrainedTokenizerBase) -> Tensor:
     """Windows for calibration, then those for tuning; a short text serves both with what it has."""
     most = section.windows + section.tune_windows
-    ids_T = token_ids(calibration, tokenizer, most=most * section.seqlen)
-    return windows(ids_T, section.seqlen, most=most, text=calibration)
+    seqlen = section.seqlen - 1 if section.bos else section.seqlen
+    ids_T = token_ids(calibration, tokenizer, most=most * seqlen)
+    ids_NT = windows(ids_T, seqlen, most=most, text=calibration)
+    return functional.pad(ids_NT, (1, 0), value=bos_of(tokenizer)) if section.bos else ids_NT
 
 
 def _check_fits_model(config: Any, tokenizer: PreTrainedTokenizerBase, ids_NT: Tensor) -> None:

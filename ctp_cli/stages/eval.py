@@ -15,7 +15,7 @@ from transformers.cache_utils import Cache
 
 from ctp_cli.artifact import Workspace, file_fingerprint, folder_fingerprint, manifest_of, refuse_existing, workspace
 from ctp_cli.data.sources import Text, load_text
-from ctp_cli.data.windows import token_ids, windows
+from ctp_cli.data.windows import bos_of, token_ids, windows
 from ctp_cli.errors import GateFailedError, InputError
 from ctp_cli.evaluation.perplexity import Perplexity, compare, perplexity
 from ctp_cli.files import write_json
@@ -150,7 +150,7 @@ def _measure(
         network = load_model(path, device=device, packed=packed)
         on_it = [target for target in targets if target.model.path == path]
         # all prompts are checked before the first figure is computed
-        prefixes = {target.label: _prefix(target, prompts[target.label], network) for target in on_it}
+        prefixes = {target.label: _prefix(section, target, prompts[target.label], network) for target in on_it}
         for target in on_it:
             for label, windows_NT in tokens[target.label].items():
                 results[target.label, label] = perplexity(
@@ -166,10 +166,17 @@ def _measure(
     return results
 
 
-def _prefix(target: Target, prompt: AnyPrompt | None, network: PreTrainedModel) -> Cache | None:
-    """What stands before every window: a given prompt, or that which is stitched into the checkpoint."""
+def _prefix(section: EvalSection, target: Target, prompt: AnyPrompt | None, network: PreTrainedModel) -> Cache | None:
+    """What stands before every window: a given prompt, that which is stitched into the checkpoint, or a BOS."""
     tokenizer = load_tokenizer(target.model.path)
     stitched = _stitched_rows(network, tokenizer)
+    if section.bos:
+        if prompt is not None or stitched is not None:
+            raise InputError(
+                f"{target.label}: no BOS can stand before a prompt that was learned without one", hint="leave out --bos"
+            )
+        ids = torch.tensor([bos_of(tokenizer)], device=network.device)
+        return rows_prefix(decoder_embedding(network)(ids), network)
     if prompt is None:
         return None if stitched is None else rows_prefix(stitched, network)
     if stitched is not None:
@@ -252,8 +259,8 @@ def _report(
                         "seqlen": section.seqlen,
                         "windows": result.window_nll_N.numel(),
                         "scored_tokens": result.scored_tokens,
-                        "prompt_tokens": result.prompt_tokens,
-                        "bos": False,
+                        "prompt_tokens": 0 if section.bos else result.prompt_tokens,
+                        "bos": section.bos,
                         "convention": section.convention,
                         "mean_nll": result.window_nll_N.sum().item() / result.scored_tokens,
                     },
