@@ -1,7 +1,7 @@
 """Perplexity after compression: one pass and tuned, beside the published SparseGPT/GPTQ code where that was measured.
 
     python benchmarks/compression_quality.py DATA_FOLDER [--only "50%,4 bit"] [--how "one pass,tuned"]
-        [--tune-windows 32] [--model FOLDER] [--windows 64] [--options "--rounds 6"] [--orders 3] [--eval-windows 48]
+        [--tune-windows 32] [--model FOLDER] [--windows 64] [--options "--rounds 6"] [--orders 3] [--eval-windows 48] [--bos]
 
 DATA_FOLDER holds c4.train.jsonl, wikitext2.test.txt and ptb.test.txt. Protocol: the embedded SmolLM2-135M, or another
 model, in bfloat16; calibration on the first windows of 1024 tokens, tuning on those after them; evaluation on at most
@@ -83,11 +83,14 @@ def main() -> None:
     parser.add_argument("--tune-windows", type=int, default=32)
     parser.add_argument("--options", default="", help="further options of `ctp compress`")
     parser.add_argument("--eval-windows", type=int, default=48)
+    parser.add_argument("--bos", action="store_true", help="before every window, as Gemma wants it")
     parser.add_argument("--orders", type=int, default=1, help="of the calibration windows; the first is the text's")
     given = parser.parse_args()
     texts = {"wikitext2": "wikitext2.test.txt", "ptb": "ptb.test.txt:lines"}
     section = EvalSection(
-        ppl=tuple(f"{name}={given.data / file}" for name, file in texts.items()), windows=given.eval_windows
+        ppl=tuple(f"{name}={given.data / file}" for name, file in texts.items()),
+        windows=given.eval_windows,
+        bos=given.bos,
     )
 
     def measured(path: str) -> list[tuple[float, float]]:
@@ -106,7 +109,11 @@ def main() -> None:
                 ctp = [sys.executable, "-c", SHUFFLED, str(order)] if order else [sys.executable, "-m", "ctp_cli"]
                 command = [*ctp, "compress", given.model, "-q", "--force", "-o", path]
                 command += ["--calibration", str(given.data / "c4.train.jsonl"), "--windows", str(given.windows)]
-                command += [*options(setting, how, given.tune_windows), *shlex.split(given.options)]
+                command += [
+                    *options(setting, how, given.tune_windows),
+                    *shlex.split(given.options),
+                    *(["--bos"] if given.bos else []),
+                ]
                 started = time.monotonic()
                 subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
                 seconds = time.monotonic() - started
