@@ -1,7 +1,8 @@
 """Perplexity after compression: one pass and tuned, beside the published SparseGPT/GPTQ code where that was measured.
 
     python benchmarks/compression_quality.py DATA_FOLDER [--only "50%,4 bit"] [--how "one pass,tuned"]
-        [--tune-windows 32] [--model FOLDER] [--windows 64] [--options "--rounds 6"] [--orders 3] [--eval-windows 48] [--bos]
+        [--tune-windows 32] [--model FOLDER] [--windows 64] [--options "--rounds 6"] [--orders 3] [--eval-windows 48]
+        [--bos]
 
 DATA_FOLDER holds c4.train.jsonl, wikitext2.test.txt and ptb.test.txt. Protocol: the embedded SmolLM2-135M, or another
 model, in bfloat16; calibration on the first windows of 1024 tokens, tuning on those after them; evaluation on at most
