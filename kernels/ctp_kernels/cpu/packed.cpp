@@ -191,7 +191,9 @@ void products_of(const Activations<Form>& x, int64_t m, const Output* outputs, i
 
 template <class Form, int R, int M>
 void products(const Activations<Form>& x, int64_t m, const Output* outputs, int64_t o, float* y) {
-  if (x.layer.blocks() == 2)
+  if (x.layer.blocks() == 1)
+    products_of<Form, R, M, 1>(x, m, outputs, o, y);
+  else if (x.layer.blocks() == 2)
     products_of<Form, R, M, 2>(x, m, outputs, o, y);
   else
     products_of<Form, R, M, 0>(x, m, outputs, o, y);
