@@ -253,6 +253,14 @@ inline float _cvtsh_ss(uint16_t bits) {  // not of AVX-512, but of this header
   std::memcpy(&x, &bits, sizeof x);
   return float(x);
 }
+inline emulated::Vector<float, 8> _mm256_cvtph_ps(__m128i halves) {  // likewise
+  uint16_t bits[8];
+  std::memcpy(bits, &halves, sizeof bits);
+  emulated::Vector<float, 8> x;
+  for (int i = 0; i < 8; ++i) x[i] = _cvtsh_ss(bits[i]);
+  return x;
+}
+inline void _mm256_storeu_ps(float* to, emulated::Vector<float, 8> x) { std::memcpy(to, &x, sizeof x); }
 inline __m512i _mm512_cvtepu16_epi32(__m256i x) {
   return (__m512i)__builtin_convertvector((emulated::Shorts)x, emulated::Words);
 }
