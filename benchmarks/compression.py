@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from ctp_kernels.arithmetic import is_slow
 from safetensors.torch import save_file
 
 from ctp_cli.data.sources import load_text
@@ -109,8 +110,8 @@ def main() -> None:
     parser.add_argument("--only", default="", help="names of competitors, separated by commas")
     parser.add_argument("--method", default="", help="part of a method's name")
     parser.add_argument("--eval-windows", type=int, default=48)
-    fast = torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    parser.add_argument("--peers-dtype", default="bfloat16" if fast else "float32")
+    slow = is_slow(torch.empty(0, dtype=torch.bfloat16))
+    parser.add_argument("--peers-dtype", default="float32" if slow else "bfloat16")
     parser.add_argument("--gptq-clone", type=Path)
     parser.add_argument("--sparsegpt-clone", type=Path)
     given = parser.parse_args()

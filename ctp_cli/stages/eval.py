@@ -4,7 +4,7 @@ import contextlib
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -153,15 +153,16 @@ def _measure(
         prefixes = {target.label: _prefix(section, target, prompts[target.label], network) for target in on_it}
         for target in on_it:
             for label, windows_NT in tokens[target.label].items():
-                results[target.label, label] = perplexity(
+                result = perplexity(
                     network,
                     windows_NT,
                     prefix=prefixes[target.label],
                     batch_size=section.batch_size,
                     progress=progress,
                 )
-                value = results[target.label, label].value()
-                progress.say(f"{target.label}: perplexity {value:.3f} on {label}")
+                # a BOS is no prompt, and no convention counts it
+                results[target.label, label] = replace(result, prompt_tokens=0) if section.bos else result
+                progress.say(f"{target.label}: perplexity {result.value():.3f} on {label}")
         del network, prefixes  # let go of one model before the next one is read
     return results
 
@@ -259,7 +260,7 @@ def _report(
                         "seqlen": section.seqlen,
                         "windows": result.window_nll_N.numel(),
                         "scored_tokens": result.scored_tokens,
-                        "prompt_tokens": 0 if section.bos else result.prompt_tokens,
+                        "prompt_tokens": result.prompt_tokens,
                         "bos": section.bos,
                         "convention": section.convention,
                         "mean_nll": result.window_nll_N.sum().item() / result.scored_tokens,

@@ -37,6 +37,9 @@ def test_windows_are_scored_behind_a_bos_that_is_not(family: str, text: str, tmp
     for bos in (True, False):
         section = EvalSection(ppl=(text,), seqlen=24, windows=4, bos=bos)
         (scores[bos],) = evaluate(section, targets=[Target("it", resolve_model(str(path)))]).scores
+    counting = EvalSection(ppl=(text,), seqlen=24, windows=4, bos=True, convention="paper")
+    (published,) = evaluate(counting, targets=[Target("it", resolve_model(str(path)))]).scores
+    assert published.perplexity == scores[True].perplexity, "a BOS is no prompt"
     assert scores[True].perplexity == pytest.approx(float(wanted), rel=1e-5)
     assert scores[False].perplexity != pytest.approx(float(wanted), rel=1e-3)
     details = scores[True].details
