@@ -177,7 +177,7 @@ def test_pruned_layers_decode_in_registers_and_with_8_bits_where_told(
     path = compressed("llama_tied_gqa", tmp_path, sparsity=0.5, act_order=act_order)
     wanted, one = load_model(path, dtype=torch.float32), ids()[:1, :5]
     ways = []
-    monkeypatch.setattr(dispatch._Product, "forward", staticmethod(noted(dispatch._Product.forward, ways)))
+    monkeypatch.setattr(dispatch, "_multiplied", noted(dispatch._multiplied, ways))
     errors = []
     for told in ("0", "1"):
         monkeypatch.setenv("CTP_INT8_ACTIVATIONS", told)
@@ -214,10 +214,10 @@ def test_pruned_layers_multiply_as_dense_codes_where_told_and_are_saved_as_they_
     assert all(torch.equal(after[name], before[name]) for name in parts)
 
 
-def noted(forward: Any, ways: list[str]) -> Any:
-    def noting(ctx: Any, x: torch.Tensor, weight: dispatch.Weight) -> torch.Tensor:
+def noted(product: Any, ways: list[str]) -> Any:
+    def noting(x: torch.Tensor, weight: dispatch.Weight) -> torch.Tensor:
         ways.append(weight.explain(x.dtype, x.shape[:-1].numel()).way)
-        return forward(ctx, x, weight)  # type: ignore[no-any-return]
+        return product(x, weight)  # type: ignore[no-any-return]
 
     return noting
 
