@@ -120,10 +120,14 @@ def read_packed_state(
         if not isinstance(read, dict):
             rest[name] = read.to(dtype) if read.is_floating_point() else read
             continue
-        codes = form.unpack(name, read)
-        outputs, inputs = codes.codes_OI.shape
-        target.check_layer(name, out_features=outputs, in_features=inputs)
-        parts = read if form is target else target.pack(name, codes)
+        if form is target:
+            target.check_parts(name, read)
+            parts = read
+        else:
+            codes = form.unpack(name, read)
+            outputs, inputs = codes.codes_OI.shape
+            target.check_layer(name, out_features=outputs, in_features=inputs)
+            parts = target.pack(name, codes)
         layers[name] = {part.rpartition(".")[2]: tensor for part, tensor in parts.items()}
     return rest, layers, target
 

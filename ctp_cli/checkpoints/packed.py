@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from ctp_kernels.ragged import pack_bits, pack_kept, unpack_bits, unpack_kept
+from ctp_kernels.ragged import pack_bits, pack_kept, row_starts, unpack_bits, unpack_kept
 from torch import Tensor
 
 from ctp_cli.checkpoints.parts import (
@@ -105,11 +105,21 @@ class PackedSettings:
             check_symmetric(name, codes.zeros_OG, self.bits)
         else:
             parts[f"{name}.zeros"] = codes.zeros_OG
-        if not torch.equal(codes.g_idx_I.int(), runs_of_inputs(inputs, self.group_size)):
+        in_runs = torch.equal(codes.g_idx_I.int(), runs_of_inputs(inputs, self.group_size))
+        if not in_runs or (self.group_size > 0 and inputs % self.group_size):  # not stored: groups of one size
             parts[f"{name}.g_idx"] = codes.g_idx_I.int()
         return parts
 
     def unpack(self, name: str, parts: dict[str, Tensor]) -> Codes:
+        zeros_OG, g_idx_I = self.check_parts(name, parts)
+        every_OI = torch.ones(len(zeros_OG), len(g_idx_I), dtype=torch.bool)
+        keep_OI = unpack_bits(parts["mask"]) if "mask" in parts else every_OI
+        codes_OI = unpack_kept(parts["codes"].flatten(), keep_OI, self.bits)
+        zero_codes_OI = zeros_OG[:, g_idx_I.long()]
+        return Codes(torch.where(keep_OI, codes_OI, zero_codes_OI), parts["scales"].float(), zeros_OG, g_idx_I.int())
+
+    def check_parts(self, name: str, parts: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Zero points (O, G) and groups (I,) of a layer, nothing unpacked. Raises InputError as `unpack` does."""
         check_there(name, self.name, parts, ("codes", "scales"))
         stored, scales_OG, mask_OB = parts["codes"], parts["scales"], parts.get("mask")
         wrong = misfit(name, self.name, parts, self.bits)
@@ -119,12 +129,13 @@ class PackedSettings:
         if mask_OB is None:
             if stored.dim() != 2 or stored.shape[0] != outputs or stored.shape[1] * 8 % self.bits:
                 raise wrong
-            keep_OI = torch.ones(outputs, stored.shape[1] * 8 // self.bits, dtype=torch.bool)
+            inputs = stored.shape[1] * 8 // self.bits
         else:
             if mask_OB.dim() != 2 or mask_OB.shape[0] != outputs or mask_OB.dtype != torch.uint8:
                 raise wrong
-            keep_OI = unpack_bits(mask_OB)
-        inputs = keep_OI.shape[1]
+            inputs = mask_OB.shape[1] * 8
+            if int(row_starts(mask_OB, self.bits)[-1]) != stored.numel():
+                raise wrong
         g_idx_I = parts.get("g_idx", runs_of_inputs(inputs, self.group_size))
         middle_OG = middle_zeros(outputs, groups, self.bits)
         zeros_OG = middle_OG if self.symmetric else parts.get("zeros", torch.empty(0))
@@ -132,12 +143,9 @@ class PackedSettings:
             raise wrong
         if not groups_fit(g_idx_I, inputs, groups):
             raise wrong
-        try:
-            codes_OI = unpack_kept(stored.flatten(), keep_OI, self.bits)
-        except ValueError:
-            raise wrong from None
-        zero_codes_OI = zeros_OG[:, g_idx_I.long()]
-        return Codes(torch.where(keep_OI, codes_OI, zero_codes_OI), scales_OG.float(), zeros_OG, g_idx_I.int())
+        if "g_idx" not in parts and int(g_idx_I[-1]) + 1 != groups:
+            raise wrong
+        return zeros_OG, g_idx_I
 
     def scaled(self, parts: dict[str, Tensor], factors_OG: Tensor) -> dict[str, Tensor]:
         return {**parts, "scales": (parts["scales"].float() * factors_OG).half()}

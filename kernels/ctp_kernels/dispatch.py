@@ -31,7 +31,7 @@ from ctp_kernels import densified, packed
 from ctp_kernels.arithmetic import wide
 from ctp_kernels.cpu.build import cpu_features
 from ctp_kernels.packed import PackedLayer
-from ctp_kernels.ragged import pack_bits, pack_kept, row_starts, unpack_bits
+from ctp_kernels.ragged import pack_bits, pack_kept, row_starts
 from ctp_kernels.reference import PackedParts
 from ctp_kernels.triton import layouts, ops
 from ctp_kernels.unpack import dense_rows
@@ -443,8 +443,8 @@ def _checked_starts(parts: PackedParts) -> Tensor:
     if parts.mask is None:
         per_row = parts.codes.numel() // outputs
         starts_N = torch.arange(outputs + 1, device=parts.codes.device) * per_row
-    elif parts.mask.dim() == 2 and len(parts.mask) == outputs:
-        starts_N = row_starts(unpack_bits(parts.mask), parts.bits)
+    elif parts.mask.dim() == 2 and len(parts.mask) == outputs and parts.mask.dtype == torch.uint8:
+        starts_N = row_starts(parts.mask, parts.bits)
     else:
         raise wrong
     fits = (

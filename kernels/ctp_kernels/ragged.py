@@ -11,6 +11,8 @@ from torch import Tensor
 
 _ROWS = 1 << 22
 """Places looked at in one go: positions are 64-bit integers, which should not outgrow the layer."""
+_BITS = torch.arange(256, dtype=torch.uint8)[:, None] >> torch.arange(8, dtype=torch.uint8) & 1
+"""(256, 8): every byte's bits, least significant first."""
 
 
 def pack_bits(keep_OI: Tensor) -> Tensor:
@@ -20,20 +22,23 @@ def pack_bits(keep_OI: Tensor) -> Tensor:
     """
     if keep_OI.shape[1] % 8:
         raise ValueError(f"{keep_OI.shape[1]} columns do not fill whole bytes")
-    weights = 1 << torch.arange(8, device=keep_OI.device)
-    return (keep_OI.view(keep_OI.shape[0], -1, 8) * weights).sum(2).to(torch.uint8)
+    return (_words(keep_OI) * 0x0102040810204080 >> 56).to(torch.uint8)
 
 
 def unpack_bits(bytes_OB: Tensor) -> Tensor:
     """The inverse of `pack_bits`."""
-    shifts = torch.arange(8, device=bytes_OB.device, dtype=torch.uint8)
-    return (bytes_OB[:, :, None] >> shifts & 1).bool().flatten(1)
+    bits_N8 = _BITS.to(bytes_OB.device).index_select(0, bytes_OB.flatten().int())
+    return bits_N8.view(torch.bool).view(len(bytes_OB), -1)
 
 
-def row_starts(keep_OI: Tensor, bits: int) -> Tensor:
-    """(O + 1,) int64: the byte at which each row's stream begins, and the length of all of them."""
-    lengths_O = (keep_OI.sum(1) * bits + 7) // 8
-    return torch.cat([lengths_O.new_zeros(1), lengths_O.cumsum(0)])
+def row_starts(mask_OB: Tensor, bits: int) -> Tensor:
+    """(O + 1,) int64: the byte at which each row's stream begins, and the length of all of them.
+
+    Shapes: mask_OB (O, I / 8) uint8, as `pack_bits` makes it.
+    """
+    ones = mask_OB - (mask_OB >> 1 & 0x55)  # of every two bits, then four, then eight: without a bool for each bit
+    ones = (ones & 0x33) + (ones >> 2 & 0x33)
+    return _starts((ones + (ones >> 4) & 15).sum(1), bits)
 
 
 def pack_kept(codes_OI: Tensor, keep_OI: Tensor, bits: int) -> Tensor:
@@ -41,12 +46,13 @@ def pack_kept(codes_OI: Tensor, keep_OI: Tensor, bits: int) -> Tensor:
 
     Shapes: codes_OI (O, I) uint8, each below 2^bits; keep_OI (O, I) bool.
     """
-    starts = row_starts(keep_OI, bits)
+    kept_O = _kept(keep_OI)
+    starts = _starts(kept_O, bits)
     # a code may reach into the next byte; the last one has a spare byte to reach into
     stream = torch.zeros(int(starts[-1]) + 1, dtype=torch.int32, device=codes_OI.device)
     for rows in _chunks(keep_OI):
-        places, byte, shift = _places(keep_OI[rows], starts[rows], bits)
-        value = codes_OI[rows][places].to(torch.int32) << shift
+        byte, shift = _places(kept_O[rows], starts[rows], bits)
+        value = codes_OI[rows].masked_select(keep_OI[rows]).to(torch.int32) << shift
         stream.index_add_(0, byte, value & 255)
         stream.index_add_(0, byte + 1, value >> 8)
     return stream[:-1].to(torch.uint8)
@@ -57,16 +63,33 @@ def unpack_kept(stream: Tensor, keep_OI: Tensor, bits: int) -> Tensor:
 
     Raises: ValueError if the stream is not as long as the bitmap says.
     """
-    starts = row_starts(keep_OI, bits)
+    kept_O = _kept(keep_OI)
+    starts = _starts(kept_O, bits)
     if stream.shape != (int(starts[-1]),):
         raise ValueError(f"{stream.numel()} bytes of codes where the bitmap asks for {int(starts[-1])}")
     padded = torch.cat([stream, stream.new_zeros(1)]).to(torch.int32)
     codes_OI = torch.zeros(keep_OI.shape, dtype=torch.uint8, device=stream.device)
     for rows in _chunks(keep_OI):
-        places, byte, shift = _places(keep_OI[rows], starts[rows], bits)
+        byte, shift = _places(kept_O[rows], starts[rows], bits)
         value = (padded[byte] | padded[byte + 1] << 8) >> shift & (1 << bits) - 1
-        codes_OI[rows][places] = value.to(torch.uint8)
+        codes_OI[rows].masked_scatter_(keep_OI[rows], value.to(torch.uint8))
     return codes_OI
+
+
+def _kept(keep_OI: Tensor) -> Tensor:
+    """(O,) int64: how many each row keeps."""
+    return (_words(keep_OI) * 0x0101010101010101 >> 56).sum(1)
+
+
+def _words(keep_OI: Tensor) -> Tensor:
+    """(O, I / 8) int64 of eight bytes, each 0 or 1: one product gathers them in its highest byte, which takes a
+    twentieth of the time of sums over bools."""
+    return keep_OI.contiguous().view(torch.int64)
+
+
+def _starts(kept_O: Tensor, bits: int) -> Tensor:
+    lengths_O = (kept_O * bits + 7) // 8
+    return torch.cat([lengths_O.new_zeros(1), lengths_O.cumsum(0)])
 
 
 def _chunks(keep_OI: Tensor) -> list[slice]:
@@ -74,9 +97,11 @@ def _chunks(keep_OI: Tensor) -> list[slice]:
     return [slice(first, first + rows) for first in range(0, keep_OI.shape[0], rows)]
 
 
-def _places(keep_OI: Tensor, starts_O: Tensor, bits: int) -> tuple[tuple[Tensor, Tensor], Tensor, Tensor]:
-    """Where the kept codes are in the rows, and the byte and the bit in it at which each begins in the stream."""
-    o, i = keep_OI.nonzero(as_tuple=True)
-    rank = keep_OI.cumsum(1)[o, i] - 1
-    bit = rank * bits
-    return (o, i), starts_O[: keep_OI.shape[0]][o] + bit // 8, (bit % 8).to(torch.int32)
+def _places(kept_O: Tensor, starts_O: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """The byte and the bit in it at which each kept code of these rows begins in the stream, rows one after another."""
+    before_O = kept_O.cumsum(0) - kept_O
+    first_O = starts_O[: len(kept_O)] * 8 - before_O * bits
+    count = int(kept_O.sum())
+    bit = torch.arange(count, device=kept_O.device) * bits
+    bit += first_O.repeat_interleave(kept_O, output_size=count)
+    return bit >> 3, (bit & 7).to(torch.int32)

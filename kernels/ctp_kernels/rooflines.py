@@ -25,7 +25,7 @@ from torch.nn import functional
 
 from ctp_kernels import dispatch, onnx_product
 from ctp_kernels.profiling import Quartiles
-from ctp_kernels.ragged import row_starts, unpack_bits
+from ctp_kernels.ragged import row_starts
 from ctp_kernels.reference import PackedParts
 
 KINDS = ("dense", "2:4", "8:16", "bitmap")
@@ -240,7 +240,7 @@ def random_layer(
     mask_NB = None if kind == "dense" else _random_mask(kind, outputs, inputs, generator)
     length = outputs * inputs * bits // 8
     if mask_NB is not None:
-        length = int(row_starts(unpack_bits(mask_NB), bits)[-1])
+        length = int(row_starts(mask_NB, bits)[-1])
     scales_NG = torch.rand(outputs, inputs // shape.group_size, generator=generator) / 64 + 0.01
     return PackedParts(
         codes=torch.randint(0, 256, (length,), dtype=torch.uint8, generator=generator).to(device),

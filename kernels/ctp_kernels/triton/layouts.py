@@ -262,7 +262,7 @@ def _bitmap(flipped_NK: Tensor, keep_NK: Tensor, bits: int, block: int) -> dict[
     before_NH = counts_NH.cumsum(1) - counts_NH
     words_N = (keep_NK.sum(1) * bits + 31) // 32
     stream = ragged.pack_kept(flipped_NK, keep_NK, bits)
-    starts_N = ragged.row_starts(keep_NK, bits)
+    starts_N = ragged.row_starts(ragged.pack_bits(keep_NK), bits)
     # rows begin on whole words here; a window reads up to two words past the last code
     padded = stream.new_zeros((int(words_N.sum()) + 2) * 4)
     rows_N = words_N.cumsum(0) - words_N

@@ -30,7 +30,7 @@ def test_kept_codes_are_one_bit_stream_a_row_and_can_be_undone(data: st.DataObje
     codes = torch.tensor(data.draw(table), dtype=torch.uint8)
     choice = st.lists(st.lists(st.booleans(), min_size=width, max_size=width), min_size=rows, max_size=rows)
     keep = torch.tensor(data.draw(choice), dtype=torch.bool)
-    stream, starts = pack_kept(codes, keep, bits), row_starts(keep, bits).tolist()
+    stream, starts = pack_kept(codes, keep, bits), row_starts(pack_bits(keep), bits).tolist()
     for row in range(rows):
         # one integer of any length
         expected = sum(code << bits * i for i, code in enumerate(codes[row][keep[row]].tolist()))
@@ -110,6 +110,14 @@ def test_the_reader_that_the_documentation_prints_reads_what_is_written(
     np.testing.assert_array_equal(names["weights"](parts, bits, 32, symmetric), codes.values().numpy())
 
 
+def test_groups_of_unequal_sizes_are_written_down() -> None:
+    """Readers take groups that are not stored as equally long."""
+    even, form = pruned_codes(4, 0.5), PackedSettings(4, 32, True)
+    uneven = Codes(even.codes_OI[:, :40], even.scales_OG, even.zeros_OG, even.g_idx_I[:40])
+    assert "g_idx" in parts_of(form, uneven)
+    assert torch.equal(form.unpack("layer", parts_of(form, uneven)).values(), uneven.values())
+
+
 def parts_of(form: PackedSettings, codes: Codes) -> dict[str, torch.Tensor]:
     return {name.removeprefix("layer."): tensor for name, tensor in form.pack("layer", codes).items()}
 
@@ -156,8 +164,9 @@ def test_parts_that_do_not_go_together_are_refused() -> None:
             form.unpack("layer", {part: tensor for part, tensor in good.items() if part != missing})
     with pytest.raises(InputError, match="do not go together"):
         form.unpack("layer", {part: tensor for part, tensor in good.items() if part != "zeros"})
-    with pytest.raises(InputError, match="do not go together"):
-        PackedSettings(3, 32, False).unpack("layer", good)
+    for other in (PackedSettings(3, 32, False), PackedSettings(4, 64, False), PackedSettings(4, 16, False)):
+        with pytest.raises(InputError, match="do not go together"):
+            other.unpack("layer", good)
     with pytest.raises(InputError, match="multiple of 8"):
         form.check_layer("layer", out_features=3, in_features=36)
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_models import VOCAB_SIZE, tiny_model
 from torch import nn
 
@@ -66,6 +67,16 @@ def test_logits_of_packed_layers_are_those_of_dense_ones(family: str, settings: 
 def test_a_dense_checkpoint_has_nothing_to_keep_packed(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="not quantized"):
         load_model(tiny_model("llama_tied_gqa", tmp_path / "model"), packed=True)
+
+
+def test_a_damaged_layer_is_named_though_nothing_is_unpacked(tmp_path: Path) -> None:
+    path = compressed("llama_tied_gqa", tmp_path, sparsity=0.5)
+    file = next(file for file in path.glob("*.safetensors") if "model.layers.0.mlp.up_proj.mask" in load_file(file))
+    tensors = load_file(file)
+    tensors["model.layers.0.mlp.up_proj.mask"][3] = 255
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(InputError, match=r"model\.layers\.0\.mlp\.up_proj: .* do not go together"):
+        load_model(path, packed=True)
 
 
 def watched(stage: ModuleType, monkeypatch: pytest.MonkeyPatch) -> list[bool]:

@@ -108,7 +108,7 @@ def test_both_branches_of_unpacking_give_the_same_bits(
     for inputs in range(8, 137, 8):
         codes = torch.randint(0, 2**bits, (33, inputs), generator=generator).to(torch.uint8)
         keep = torch.rand(33, inputs, generator=generator) < torch.linspace(0, 1, 33)[:, None]  # none to all
-        packed = pack_kept(codes, keep, bits), pack_bits(keep), row_starts(keep, bits)
+        packed = pack_kept(codes, keep, bits), pack_bits(keep), row_starts(pack_bits(keep), bits)
         scales, zeros = torch.randn(33, 1, generator=generator), torch.rand(33, 1, generator=generator) * 2**bits
         results = []
         for taken in (AVX2, AVX512_BF16):

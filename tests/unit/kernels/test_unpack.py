@@ -40,7 +40,7 @@ def test_every_weight_is_what_its_code_says(
     zeros = torch.randint(0, 2**bits, (outputs, groups), generator=generator).to(torch.uint8)
     of_input = (torch.arange(inputs) // (inputs // groups)).long()
     wanted = (codes.float() - zeros.float()[:, of_input]) * scales.float()[:, of_input] * keep
-    stream, starts = pack_kept(codes, keep, bits), row_starts(keep, bits)
+    stream, starts = pack_kept(codes, keep, bits), row_starts(pack_bits(keep), bits)
     mask = None if share == 0 else pack_bits(keep)
     found = dense_rows(stream, mask, starts, scales, zeros, bits=bits, dtype=dtype)
     assert found.dtype == dtype
@@ -56,7 +56,7 @@ def test_streams_that_are_too_short_are_refused(compiled: bool, monkeypatch: pyt
     if not compiled:
         monkeypatch.setattr(unpack, "_library", lambda: None)
     keep = torch.ones(3, 16, dtype=torch.bool)
-    stream, starts = pack_kept(torch.ones(3, 16, dtype=torch.uint8), keep, 4), row_starts(keep, 4)
+    stream, starts = pack_kept(torch.ones(3, 16, dtype=torch.uint8), keep, 4), row_starts(pack_bits(keep), 4)
     with pytest.raises(ValueError, match="bytes of codes"):
         dense_rows(
             stream[:-1], pack_bits(keep), starts, torch.ones(3, 1), torch.ones(3, 1), bits=4, dtype=torch.float32
