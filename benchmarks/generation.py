@@ -32,6 +32,7 @@ from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
 from ctp_cli.checkpoints.packed import PackedSettings
+from ctp_cli.integration.linear import PackedLinear
 from ctp_cli.models.loading import load_model
 from ctp_cli.models.resolve import resolve_model
 
@@ -101,6 +102,7 @@ def measured(given: argparse.Namespace) -> dict[str, float]:
     disable_progress_bar()
     if given.one in PACKED:
         model: Any = load_model(resolve_model(given.checkpoint).path, packed=True)
+        check_ways(model, given.one)
     else:
         path = resolve_model(given.model).path
         model = AutoModelForCausalLM.from_pretrained(path, dtype=DTYPES[given.one]).eval()
@@ -116,6 +118,13 @@ def measured(given: argparse.Namespace) -> dict[str, float]:
             out = model(input_ids=token, use_cache=True, **{cache_keyword(model): cache_of(out)})
         seconds = time.perf_counter() - started
     return {"tokens_per_second": given.new_tokens / seconds, "peak_bytes": float(peak_bytes())}
+
+
+def check_ways(model: Any, name: str) -> None:
+    """Raises RuntimeError if products are not made as the competitor's name says."""
+    for layer in (module for module in model.modules() if isinstance(module, PackedLinear)):
+        if (layer.int8_activations, layer.dense_codes) != ("8 bits" in name, "dense codes" in name):
+            raise RuntimeError(f"{name}: int8_activations={layer.int8_activations}, dense_codes={layer.dense_codes}")
 
 
 def llama_cpp(given: argparse.Namespace) -> dict[str, float]:

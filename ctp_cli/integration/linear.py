@@ -3,6 +3,7 @@
 T=tokens O=out_features I=in_features
 """
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +21,9 @@ class PackedLinear(nn.Module):
     Where a way of multiplying wants them in a form of its own (the Triton kernels, scattered groups), that form takes
     their place at the first product, as buffers that are not saved, so that nothing is in memory twice. Saving,
     loading and moving the layer bring the stored parts back first, to the last bit; the next product converts them.
+
+    The environment variable CTP_INT8_ACTIVATIONS=1 lets products on the CPU round activations to 8 bits, and
+    CTP_DENSE_CODES=1 multiplies with a code for every weight of pruned layers: faster, for more memory.
     """
 
     codes: Tensor | None
@@ -38,9 +42,9 @@ class PackedLinear(nn.Module):
         for part in self._names:
             self.register_buffer(part, parts.get(part))
         self.bias = nn.Parameter(torch.empty(out_features, device="meta"), requires_grad=False) if bias else None
-        self.int8_activations = False
+        self.int8_activations = os.environ.get("CTP_INT8_ACTIVATIONS") == "1"
         """Whether products on the CPU may round x to 8 bits (`dispatch.prepare`); takes effect with `prepare`."""
-        self.dense_codes = False
+        self.dense_codes = os.environ.get("CTP_DENSE_CODES") == "1"
         """Whether pruned layers are multiplied with as dense codes, likewise."""
         self._weight: dispatch.Weight | None = None
         self._form: object | None = None

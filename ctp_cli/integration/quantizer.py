@@ -1,6 +1,5 @@
 """transformers' interface for formats of quantized weights, for format ctp."""
 
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -37,11 +36,7 @@ class CtpConfig(QuantizationConfigMixin):
 
 @register_quantizer(PackedSettings.name)
 class CtpQuantizer(HfQuantizer):
-    """Linear layers become `PackedLinear`; their weights are never dense for longer than a product takes.
-
-    The environment variable CTP_INT8_ACTIVATIONS=1 lets products on the CPU round activations to 8 bits, and
-    CTP_DENSE_CODES=1 multiplies with a code for every weight of pruned layers: faster, for more memory.
-    """
+    """Linear layers become `PackedLinear`; their weights are never dense for longer than a product takes."""
 
     requires_calibration = True
     quantization_config: CtpConfig
@@ -78,8 +73,6 @@ class CtpQuantizer(HfQuantizer):
             del model.config.transformers_weights  # of how it was loaded; it would be saved with the model
         for name, module in model.named_modules():
             if isinstance(module, PackedLinear):
-                module.int8_activations = os.environ.get("CTP_INT8_ACTIVATIONS") == "1"
-                module.dense_codes = os.environ.get("CTP_DENSE_CODES") == "1"
                 try:
                     module.prepare()
                 except ValueError as error:

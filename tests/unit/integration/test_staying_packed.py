@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import VOCAB_SIZE, tiny_model
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 from ctp_cli.errors import InputError
 from ctp_cli.integration.linear import PackedLinear
@@ -62,6 +63,18 @@ def test_logits_of_packed_layers_are_those_of_dense_ones(family: str, settings: 
     ids = torch.randint(3, VOCAB_SIZE, (2, 20), generator=torch.Generator().manual_seed(7))
     with torch.no_grad():
         torch.testing.assert_close(packed(ids).logits, dense(ids).logits, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("told", ["0", "1"])
+def test_how_products_are_made_can_be_told_wherever_a_model_comes_from(
+    told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = compressed("llama_tied_gqa", tmp_path, sparsity=0.5)
+    monkeypatch.setenv("CTP_INT8_ACTIVATIONS", told)
+    monkeypatch.setenv("CTP_DENSE_CODES", told)
+    for model in (load_model(path, packed=True), AutoModelForCausalLM.from_pretrained(path)):
+        layers = [module for module in model.modules() if isinstance(module, PackedLinear)]
+        assert {(layer.int8_activations, layer.dense_codes) for layer in layers} == {(told == "1", told == "1")}
 
 
 def test_a_dense_checkpoint_has_nothing_to_keep_packed(tmp_path: Path) -> None:
