@@ -214,7 +214,10 @@ class LearnSection(Section):
     """Where learning starts: 'text:WORDS', or the file of an earlier prompt. None: random token embeddings; for a
     kv-prefix, the beginning of the text learned from."""
     tokens: Annotated[int, Field(ge=1, le=4096)] = 100
-    """num_virtual_tokens: rows of the prompt."""
+    """num_virtual_tokens: rows of the prompt; of a kv-prefix with a BOS, that one too."""
+    bos: bool = False
+    """The tokenizer's BOS stands before the prompt, as models that were trained so want it (Gemma); a kv-prefix begins
+    with its keys and values."""
     steps: Annotated[int, Field(ge=1)] | None = None
     """Optimizer steps. None: as many as fit `max_time`."""
     max_time: Seconds | None = None

@@ -45,6 +45,9 @@ def learn(
     tokens: Annotated[
         int | None, typer.Option(help="Rows of the prompt (num_virtual_tokens).", rich_help_panel=TRAINING)
     ] = None,
+    bos: Annotated[
+        bool | None, typer.Option(help="The tokenizer's BOS stands before the prompt (Gemma).", rich_help_panel=TEXT)
+    ] = None,
     steps: Annotated[
         int | None, typer.Option(help="Optimizer steps; as many as fit --max-time by default.", rich_help_panel=LENGTH)
     ] = None,
@@ -149,6 +152,7 @@ def learn(
         "method": method,
         "init": init,
         "tokens": tokens,
+        "bos": bos,
         "steps": steps,
         "max_time": max_time,
         "patience": patience,

@@ -74,12 +74,18 @@ class Scorer:
         return losses_N.view(shape)
 
     @torch.no_grad()
-    def likeliest(self, ids_BT: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        """The likeliest next tokens after every token but the last, and their probabilities, (B, T - 1, K) both."""
+    def likeliest(self, ids_BT: Tensor, count: int, *, prefix: Cache | None = None) -> tuple[Tensor, Tensor]:
+        """The likeliest next tokens after every token but the last, and their probabilities, (B, T - 1, K) both.
+
+        Behind the keys and values of `prefix`, which grows.
+        """
+        inputs: dict[str, Any] = {"input_ids": ids_BT}
+        if prefix is not None:
+            inputs |= {cache_keyword(self.model): prefix, "use_cache": True}
         if self.head is None:
-            parts = [self._logits(input_ids=ids_BT)[:, :-1].float().flatten(0, 1)]
+            parts = [self._logits(**inputs)[:, :-1].float().flatten(0, 1)]
         else:
-            hidden_ND = self._hidden(input_ids=ids_BT)[:, :-1].flatten(0, 1)
+            hidden_ND = self._hidden(**inputs)[:, :-1].flatten(0, 1)
             weight_VD = wide(self.head.weight)
             parts = [_head_logits(part, weight_VD, self.head.bias) for part in hidden_ND.split(_CHUNK)]
         tops = [part.softmax(-1).topk(count, dim=-1) for part in parts]

@@ -33,7 +33,8 @@ class PromptMetadata:
 
     kind: Kind = "soft-prompt"
     layout: Layout = "prompt-text"
-    """What stands before the text: the prompt, or the BOS token and then the prompt."""
+    """What stands before the text: the prompt, or the BOS token and then the prompt. A kv-prefix has keys and values of
+    all that stands there, so of the latter its first ones are the BOS token's."""
     base_model: str | None = None
     """Name or hub id of the model before compression."""
     tokenizer_fingerprint: str | None = None

@@ -14,10 +14,10 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from ctp_cli.models.head import Scorer, SoftTargets
-from ctp_cli.models.loading import check_ids, decoder_embedding
+from ctp_cli.models.loading import check_ids
 from ctp_cli.models.remade import remade_activations
 from ctp_cli.models.sharding import Frozen
-from ctp_cli.prompts.prefix import kv_template, rows_prefix
+from ctp_cli.prompts.prefix import behind_bos, kv_template, rows_prefix
 
 
 class PromptedLoss(nn.Module, ABC):
@@ -61,13 +61,17 @@ class SoftPromptLoss(PromptedLoss):
     """The prompt is rows (P, D) float32 among the input embeddings.
 
     Its keys and values are the same for every sequence of a batch: they are computed once, and gradients flow back
-    through them.
+    through them. With `bos_id` that token stands before the rows, and is not learned.
     """
 
+    def __init__(self, models: Sequence[Frozen], start: Tensor, *, bos_id: int | None = None) -> None:
+        super().__init__(models, start)
+        self._bos_id = bos_id
+
     def _loss(self, model: PreTrainedModel, ids_BT: Tensor, which: int, soft: SoftTargets | None) -> Tensor:
-        rows_1PD = self.prompt.to(decoder_embedding(model).weight.dtype)[None]
+        rows_PD = behind_bos(self.prompt, model, self._bos_id)
         with fast_arithmetic():
-            of_prompt = model.base_model(inputs_embeds=rows_1PD, use_cache=True)
+            of_prompt = model.base_model(inputs_embeds=rows_PD[None], use_cache=True)
         prefix = fresh_copy(cache_of(of_prompt), batch_size=ids_BT.shape[0])
         loss = self._scorers[which].nll(ids_BT, prefix=prefix, soft=soft, input_ids=ids_BT).mean()
         if self._frozen[which].is_sharded:
@@ -81,7 +85,9 @@ class SoftPromptLoss(PromptedLoss):
 
     @torch.no_grad()
     def prefix(self, which: int) -> Cache:
-        made: Cache = self._frozen[which](lambda model: rows_prefix(self.prompt.detach(), model))
+        made: Cache = self._frozen[which](
+            lambda model: rows_prefix(behind_bos(self.prompt.detach(), model, self._bos_id), model)
+        )
         return made
 
 

@@ -9,9 +9,10 @@ from transformers import PreTrainedModel
 
 from ctp_cli.errors import UnsupportedModelError
 from ctp_cli.files import whole_file, write_json
-from ctp_cli.models.loading import decoder_embedding
 from ctp_cli.prompts.file import KvPrefix, Prompt, in_dtype
+from ctp_cli.prompts.prefix import behind_bos
 
+BOS_INSIDE = "the BOS token comes first in it: tokenize text with add_special_tokens=False"
 _NO_BOS = "the prompt was learned without a BOS token: tokenize text with add_special_tokens=False"
 
 
@@ -33,8 +34,7 @@ def export_peft(
     """
     rows = prompt.embeddings
     if bos_id is not None:
-        embed = decoder_embedding(model)
-        bos_row = embed(torch.tensor([bos_id], device=embed.weight.device)).float().cpu()
+        bos_row = behind_bos(rows[:0], model, bos_id).float().cpu()
         rows = torch.cat([bos_row, rows])
     text_config = model.config.get_text_config()
     _write(
@@ -49,9 +49,7 @@ def export_peft(
             "prompt_tuning_init": "RANDOM",
         },
     )
-    if bos_id is not None:
-        return ("the BOS token is the adapter's first row: tokenize text with add_special_tokens=False",)
-    return (_NO_BOS,)
+    return (_NO_BOS if bos_id is None else BOS_INSIDE,)
 
 
 def export_peft_prefix(
@@ -75,7 +73,7 @@ def export_peft_prefix(
             "prefix_projection": False,
         },
     )
-    return (_NO_BOS,)
+    return (_NO_BOS if prefix.metadata.layout == "prompt-text" else BOS_INSIDE,)
 
 
 def _write(folder: Path, model: PreTrainedModel, rows: torch.Tensor, facts: dict[str, Any]) -> None:

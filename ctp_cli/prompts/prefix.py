@@ -1,23 +1,49 @@
 """A prompt, of either kind, as keys and values that stand before a text."""
 
+import torch
 from ctp_kernels.prefix import cache_with, key_values_of, prefix_cache
 from ctp_kernels.profiling import learned_positions
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
 
 from ctp_cli.errors import InputError, UnsupportedModelError
 from ctp_cli.models.loading import decoder_embedding
-from ctp_cli.prompts.file import AnyPrompt, Prompt
+from ctp_cli.prompts.file import AnyPrompt, KvPrefix, Prompt
 
 
-def prefix_of(prompt: AnyPrompt, model: PreTrainedModel, *, name: str) -> Cache:
-    """The cache of batch size 1 that `prompt` is for this model. Errors call the model `name`.
+def bos_before(prompt: AnyPrompt, tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The id that stands before this prompt. Raises InputError where the tokenizer has none."""
+    if prompt.metadata.layout == "prompt-text" or isinstance(prompt, KvPrefix):
+        return None
+    if tokenizer.bos_token_id is None:
+        raise InputError("the prompt stands after a BOS token, which this tokenizer does not have")
+    return int(tokenizer.bos_token_id)
+
+
+def behind_bos(rows_PD: Tensor, model: PreTrainedModel, bos_id: int | None) -> Tensor:
+    """The rows, behind the BOS token's if there is one, (P [+ 1], D), as the model's embeddings are stored."""
+    embed = decoder_embedding(model)
+    rows_PD = rows_PD.to(embed.weight.device, embed.weight.dtype)
+    if bos_id is None:
+        return rows_PD
+    return torch.cat([embed(torch.tensor([bos_id], device=rows_PD.device)).to(rows_PD.dtype), rows_PD])
+
+
+@torch.no_grad()
+def bos_prefix(model: PreTrainedModel, bos_id: int) -> Cache:
+    """Keys and values of that token alone."""
+    embed = decoder_embedding(model)
+    return rows_prefix(behind_bos(embed.weight[:0], model, bos_id), model)
+
+
+def prefix_of(prompt: AnyPrompt, model: PreTrainedModel, *, name: str, bos_id: int | None) -> Cache:
+    """The cache of batch size 1 that `prompt` is for this model, `bos_id` before it. Errors call the model `name`.
 
     Raises: InputError where the prompt has another geometry than the model, or more rows than it has positions.
     """
     if isinstance(prompt, Prompt):
-        return rows_prefix(prompt.embeddings, model)
+        return rows_prefix(behind_bos(prompt.embeddings, model, bos_id), model)
     template = kv_template(prompt.num_virtual_tokens, model)
     table = decoder_embedding(model).weight
     try:

@@ -20,6 +20,7 @@ from ctp_cli.errors import InputError
 from ctp_cli.models.blocks import find_blocks
 from ctp_cli.models.loading import decoder_embedding
 from ctp_cli.prompts.file import Prompt
+from ctp_cli.prompts.prefix import behind_bos
 
 TARGET_MASS = 1e-6
 """Good enough to stop looking for a better row."""
@@ -56,10 +57,8 @@ def prompted_embeddings(
     model: PreTrainedModel, prompt: Prompt, ids_T: torch.Tensor, *, bos_id: int | None
 ) -> torch.Tensor:
     """What the model sees for [BOS,] prompt, text: (1, [1 +] num_virtual_tokens + T, width), in its dtype."""
-    embed = decoder_embedding(model)
-    rows = prompt.embeddings.to(embed.weight.device, embed.weight.dtype)
-    parts = [embed(torch.tensor([bos_id], device=rows.device))] if bos_id is not None else []
-    return torch.cat([*parts, rows, embed(ids_T.to(rows.device))])[None]
+    rows = behind_bos(prompt.embeddings, model, bos_id)
+    return torch.cat([rows, decoder_embedding(model)(ids_T.to(rows.device))])[None]
 
 
 def row_from_text(

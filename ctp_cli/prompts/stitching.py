@@ -36,6 +36,7 @@ from ctp_cli.models.loading import decoder_embedding, dense_skeleton, weight_fil
 from ctp_cli.progress import SILENT, Progress
 from ctp_cli.prompts import shards
 from ctp_cli.prompts.file import Prompt
+from ctp_cli.prompts.prefix import bos_before
 from ctp_cli.prompts.rejection import RejectionRow, output_head, row_from_hidden_states, row_from_text
 from ctp_cli.prompts.vocab import StitchedTokenizer, check_saved_tokenizer, extend_tokenizer, save_tokenizer
 
@@ -124,7 +125,7 @@ def stitch_vocabulary(
     if hidden_states is not None:
         row = row_from_hidden_states(model, hidden_states, tokens=len(rejected), dtype=written_dtype)
     else:
-        bos_id = tokenizer.bos_token_id if prompt.metadata.layout == "bos-prompt-text" else None
+        bos_id = bos_before(prompt, tokenizer)
         row = row_from_text(model, prompt, sample_ids, bos_id=bos_id, tokens=len(rejected), dtype=written_dtype)
     tensors = _grown_tables(prompt, model, old, extended.token_ids, rows, rejected, row, stored, dtype)
 

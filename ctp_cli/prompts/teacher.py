@@ -8,14 +8,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from ctp_kernels.prefix import fresh_copy
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from ctp_cli.files import whole_file
 from ctp_cli.models.head import Scorer
 from ctp_cli.models.loading import check_ids
 from ctp_cli.models.sharding import Frozen
 from ctp_cli.progress import SILENT, Progress
+from ctp_cli.prompts.prefix import bos_prefix
 
 FILES = "teacher-*.safetensors"
 _STEPS_PER_FILE = 50
@@ -33,6 +36,8 @@ class Teacher:
     """Tokens kept for each position. 32 of 49,152 hold about nine tenths of SmolLM2's probability."""
     is_sharded: bool = False
     """Then every process prepares, and one of them writes."""
+    bos_id: int | None = None
+    """Stands before the text that the teacher reads."""
     _open: tuple[Path, _Held] | None = field(default=None, init=False)
 
     def prepare(
@@ -52,7 +57,7 @@ class Teacher:
                 ids_BT = batch_at(step)
                 check_ids(ids_BT, scorer.model)
                 ids_BT = ids_BT.to(scorer.model.device)
-                tokens_BTK, probabilities_BTK = teacher(lambda _, ids_BT=ids_BT: scorer.likeliest(ids_BT, self.count))
+                tokens_BTK, probabilities_BTK = teacher(lambda model, ids_BT=ids_BT: self._asked(model, scorer, ids_BT))
                 tensors[f"tokens.{step}"] = tokens_BTK.to("cpu", torch.int32)
                 tensors[f"probabilities.{step}"] = probabilities_BTK.to("cpu", torch.float16)
                 progress.advance()
@@ -60,6 +65,12 @@ class Teacher:
                 with whole_file(self._file(first)) as beside:
                     save_file(tensors, beside)
         progress.finish()
+
+    def _asked(self, model: PreTrainedModel, scorer: Scorer, ids_BT: Tensor) -> tuple[Tensor, Tensor]:
+        if self.bos_id is None:
+            return scorer.likeliest(ids_BT, self.count)
+        prefix = fresh_copy(bos_prefix(model, self.bos_id), batch_size=len(ids_BT))
+        return scorer.likeliest(ids_BT, self.count, prefix=prefix)
 
     def at(self, step: int) -> dict[str, Tensor]:
         """Tokens and probabilities of a step's batch, (B, T - 1, K) both."""

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from ctp_cli.models.loading import decoder_embedding, load_config, load_model, l
 from ctp_cli.models.resolve import ResolvedModel
 from ctp_cli.progress import SILENT, Progress
 from ctp_cli.prompts.file import PROMPT_FILE, AnyPrompt, check_fits, load_prompt
-from ctp_cli.prompts.prefix import prefix_of, rows_prefix
+from ctp_cli.prompts.prefix import behind_bos, bos_before, bos_prefix, prefix_of, rows_prefix
 from ctp_cli.prompts.vocab import token_names
 from ctp_cli.recipe import EvalSection
 from ctp_cli.stages.compress import default_text
@@ -116,13 +116,7 @@ def check_gate(section: EvalSection, report: EvalReport) -> None:
 def _load_prompt(target: Target) -> AnyPrompt | None:
     if target.prompt is None:
         return None
-    prompt = load_prompt(target.prompt)
-    if prompt.metadata.layout != "prompt-text":
-        raise InputError(
-            f"{target.prompt}: a prompt of layout {prompt.metadata.layout} cannot be evaluated yet",
-            hint="evaluate prompts that stand directly before the text",
-        )
-    return prompt
+    return load_prompt(target.prompt)
 
 
 def _windows(section: EvalSection, target: Target, texts: Sequence[Text]) -> dict[str, Tensor]:
@@ -156,46 +150,60 @@ def _measure(
                 result = perplexity(
                     network,
                     windows_NT,
-                    prefix=prefixes[target.label],
+                    prefix=prefixes[target.label].cache,
                     batch_size=section.batch_size,
                     progress=progress,
                 )
-                # a BOS is no prompt, and no convention counts it
-                results[target.label, label] = replace(result, prompt_tokens=0) if section.bos else result
+                results[target.label, label] = replace(result, prompt_tokens=prefixes[target.label].prompt_tokens)
                 progress.say(f"{target.label}: perplexity {result.value():.3f} on {label}")
         del network, prefixes  # let go of one model before the next one is read
     return results
 
 
-def _prefix(section: EvalSection, target: Target, prompt: AnyPrompt | None, network: PreTrainedModel) -> Cache | None:
-    """What stands before every window: a given prompt, that which is stitched into the checkpoint, or a BOS."""
+class _Prefix(NamedTuple):
+    """What stands before every window; a BOS is no prompt token, and no convention counts it."""
+
+    cache: Cache | None
+    prompt_tokens: int
+
+
+def _prefix(section: EvalSection, target: Target, prompt: AnyPrompt | None, network: PreTrainedModel) -> _Prefix:
+    """A given prompt, that which is stitched into the checkpoint, or a BOS."""
+    path = str(target.model.path)
     tokenizer = load_tokenizer(target.model.path)
-    stitched = _stitched_rows(network, tokenizer)
-    if section.bos:
-        if prompt is not None or stitched is not None:
-            raise InputError(
-                f"{target.label}: no BOS can stand before a prompt that was learned without one", hint="leave out --bos"
-            )
-        ids = torch.tensor([bos_of(tokenizer)], device=network.device)
-        return rows_prefix(decoder_embedding(network)(ids), network)
-    if prompt is None:
-        return None if stitched is None else rows_prefix(stitched, network)
-    if stitched is not None:
-        raise InputError(f"{target.model.path} already carries a prompt", hint="evaluate it without --prompt")
-    table = decoder_embedding(network).weight
-    for line in check_fits(prompt, tokenizer=tokenizer, embedding=table, model=str(target.model.path)):
-        log.warning("%s", line)
-    return prefix_of(prompt, network, name=str(target.model.path))
+    stitched, behind = _stitched(network, tokenizer)
+    if prompt is not None:
+        if stitched is not None:
+            raise InputError(f"{path} already carries a prompt", hint="evaluate it without --prompt")
+        table = decoder_embedding(network).weight
+        for line in check_fits(prompt, tokenizer=tokenizer, embedding=table, model=path):
+            log.warning("%s", line)
+        behind = prompt.metadata.layout == "bos-prompt-text"
+    if behind != section.bos and (prompt is not None or stitched is not None):
+        raise InputError(
+            f"{target.label}: its prompt was learned {'behind' if behind else 'without'} a BOS",
+            hint="use --bos, then all targets have one" if behind else "leave out --bos",
+        )
+    if prompt is not None:
+        cache = prefix_of(prompt, network, name=path, bos_id=bos_before(prompt, tokenizer))
+    elif stitched is not None:
+        cache = rows_prefix(behind_bos(stitched, network, bos_of(tokenizer) if behind else None), network)
+    elif section.bos:
+        return _Prefix(bos_prefix(network, bos_of(tokenizer)), 0)
+    else:
+        return _Prefix(None, 0)
+    return _Prefix(cache, cache.get_seq_length() - behind)
 
 
-def _stitched_rows(network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Tensor | None:
+def _stitched(network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[Tensor | None, bool]:
+    """The rows of a prompt in the vocabulary, and whether it stands behind a BOS."""
     vocabulary = tokenizer.get_vocab()
     count = sum(1 for name in vocabulary if name.startswith("<|ctp_"))
     if count == 0:
-        return None
-    ids = torch.tensor([vocabulary[name] for name in token_names(count)], device=network.device)
-    rows: Tensor = decoder_embedding(network)(ids)
-    return rows
+        return None, False
+    ids = [vocabulary[name] for name in token_names(count)]
+    rows: Tensor = decoder_embedding(network)(torch.tensor(ids, device=network.device))
+    return rows, tokenizer("")["input_ids"][:1] != ids[:1]
 
 
 def _overlaps(prompts: dict[str, AnyPrompt | None], texts: Sequence[Text]) -> tuple[str, ...]:

@@ -14,6 +14,7 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import LoggerType, ProjectConfiguration
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
+from transformers.cache_utils import Cache
 
 from ctp_cli.artifact import (
     IDENTITY,
@@ -27,6 +28,7 @@ from ctp_cli.artifact import (
 )
 from ctp_cli.benchmark.figures import learning_figure
 from ctp_cli.data.batches import WholeText
+from ctp_cli.data.windows import bos_of
 from ctp_cli.errors import InputError, NotFiniteError, RecipeError, UnknownTokenError
 from ctp_cli.evaluation.perplexity import perplexity
 from ctp_cli.files import read_json
@@ -47,6 +49,7 @@ from ctp_cli.prompts.file import (
     save_prompt,
 )
 from ctp_cli.prompts.losses import KvPrefixLoss, PromptedLoss, SoftPromptLoss
+from ctp_cli.prompts.prefix import bos_prefix
 from ctp_cli.prompts.teacher import FILES, Teacher
 from ctp_cli.prompts.training import LearningSettings, Progressing, from_main, learn
 from ctp_cli.recipe import LearnSection
@@ -126,7 +129,7 @@ def learn_prompt(
                 validate=lambda: job.perplexity(module),
                 accelerator=accelerator,
                 state_path=state_path,
-                teacher=None if teacher is None else _teacher(section, teacher, state_path.parent, device),
+                teacher=None if teacher is None else _teacher(job, teacher, state_path.parent, device),
                 progress=progress,
             )
         accelerator.end_training()
@@ -151,12 +154,16 @@ class _Job:
     def module(self) -> PromptedLoss:
         section, text, model = self.section, self.text, self.models[0]
         begin = self.networks[0](lambda network: start(section, network, self.tokenizer, text.batches, model))
-        return (SoftPromptLoss if section.method == "soft-prompt" else KvPrefixLoss)(self.networks, begin)
+        if section.method == "soft-prompt":
+            return SoftPromptLoss(self.networks, begin, bos_id=self.bos_id)
+        return KvPrefixLoss(self.networks, begin)
 
     def perplexity(self, module: PromptedLoss, *, prompted: bool = True) -> float:
         """Of the text that chooses the prompt; over several models the geometric mean."""
         windows_NT, batch_size = self.text.selection_NT, self.section.batch_size
-        prefixes = [module.prefix(which) if prompted else None for which in range(len(self.networks))]
+        prefixes = [
+            module.prefix(which) if prompted else self._bos_alone(one) for which, one in enumerate(self.networks)
+        ]
         values = [
             one(
                 lambda network, prefix=prefix: perplexity(network, windows_NT, prefix=prefix, batch_size=batch_size)
@@ -165,10 +172,19 @@ class _Job:
         ]
         return math.exp(sum(map(math.log, values)) / len(values))
 
+    @property
+    def bos_id(self) -> int | None:
+        return bos_of(self.tokenizer) if self.section.bos else None
+
+    def _bos_alone(self, network: Frozen) -> Cache | None:
+        bos_id = self.bos_id
+        return None if bos_id is None else network(lambda model: bos_prefix(model, bos_id))
+
     def metadata(self, state: Progressing) -> PromptMetadata:
         compressions = [_compression(model) for model in self.models]
         return PromptMetadata(
             kind=self.section.method,
+            layout="bos-prompt-text" if self.section.bos else "prompt-text",
             base_model=_base_name(self.models[0]),
             tokenizer_fingerprint=fingerprint_tokenizer(self.tokenizer),
             embedding_fingerprint=self.table,
@@ -335,13 +351,15 @@ def _accelerator(section: LearnSection, device: str, output: Path) -> Accelerato
     )
 
 
-def _teacher(section: LearnSection, model: ResolvedModel, folder: Path, device: str) -> Teacher:
+def _teacher(job: _Job, model: ResolvedModel, folder: Path, device: str) -> Teacher:
+    section = job.section
     return Teacher(
         lambda: _load(model.path, None, device, section.model_copy(update={"packed": False})),
         folder,
         section.teacher_share,
         section.teacher_tokens,
         section.shard,
+        job.bos_id,
     )
 
 

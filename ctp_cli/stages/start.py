@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ctp_cli.data.batches import Batches
 from ctp_cli.data.sources import Text
-from ctp_cli.data.windows import token_ids
+from ctp_cli.data.windows import bos_of, token_ids
 from ctp_cli.errors import InputError
 from ctp_cli.models.loading import check_ids, decoder_embedding, load_tokenizer
 from ctp_cli.models.resolve import ResolvedModel
@@ -23,7 +23,7 @@ from ctp_cli.prompts.file import (
     fingerprint_tokenizer,
     load_prompt,
 )
-from ctp_cli.prompts.prefix import prefix_of, rows_prefix
+from ctp_cli.prompts.prefix import behind_bos, prefix_of, rows_prefix
 from ctp_cli.prompts.training import random_rows
 from ctp_cli.recipe import LearnSection
 
@@ -58,32 +58,48 @@ def start(
     Raises InputError for words that are none and for an earlier prompt that does not fit or is far too large.
     """
     soft = section.method == "soft-prompt"
+    bos_id = bos_of(tokenizer) if section.bos else None
     earlier = _earlier(section, network, tokenizer, model)
     if earlier is not None:
-        return _start_from(earlier, section, network, text, model)
+        return _start_from(earlier, section, network, text, model, bos_id)
     if section.init is not None:
-        rows_PD = _embedded(network, _repeated(token_ids(_words(section.init), tokenizer), section.tokens))
+        rows_PD = _embedded(network, _repeated(token_ids(_words(section.init), tokenizer), _rows(section)))
     elif soft:
         return _random_start(section, network, tokenizer)
     else:
-        rows_PD = _embedded(network, text.beginning(section.tokens))
-    return (rows_PD if soft else key_values_of(rows_prefix(rows_PD, network)).float()).cpu()
+        rows_PD = _embedded(network, text.beginning(_rows(section)))
+    return rows_PD.cpu() if soft else _key_values(rows_PD, network, bos_id)
+
+
+def _rows(section: LearnSection) -> int:
+    """A BOS is one of the tokens of a kv-prefix, and none of a soft prompt's."""
+    return section.tokens - (section.bos and section.method == "kv-prefix")
+
+
+def _key_values(rows_PD: Tensor, network: PreTrainedModel, bos_id: int | None) -> Tensor:
+    return key_values_of(rows_prefix(behind_bos(rows_PD, network, bos_id), network)).float().cpu()
 
 
 def _start_from(
-    earlier: AnyPrompt, section: LearnSection, network: PreTrainedModel, text: Batches, model: ResolvedModel
+    earlier: AnyPrompt,
+    section: LearnSection,
+    network: PreTrainedModel,
+    text: Batches,
+    model: ResolvedModel,
+    bos_id: int | None,
 ) -> Tensor:
     soft = section.method == "soft-prompt"
     if soft and isinstance(earlier, KvPrefix):
         raise InputError(f"{section.init} is a kv-prefix, which has no rows", hint="use --method kv-prefix")
-    own_PD = _embedded(network, text.beginning(section.tokens))
+    own_PD = _embedded(network, text.beginning(_rows(section)))
     if isinstance(earlier, Prompt):
         _check_size(section, earlier.embeddings[None], own_PD[None].cpu(), "embeddings")
         if soft:
             return earlier.embeddings
-    given_L2HPC = key_values_of(prefix_of(earlier, network, name=str(model.path))).float().cpu()
+    before = bos_id if isinstance(earlier, Prompt) else None
+    given_L2HPC = key_values_of(prefix_of(earlier, network, name=str(model.path), bos_id=before)).float().cpu()
     if isinstance(earlier, KvPrefix):
-        own_L2HPC = key_values_of(rows_prefix(own_PD, network)).float().cpu()
+        own_L2HPC = _key_values(own_PD, network, bos_id)
         _check_size(section, given_L2HPC.flatten(0, 1), own_L2HPC.flatten(0, 1), "keys and values")
     return given_L2HPC
 
@@ -102,10 +118,15 @@ def _earlier(
         return None
     prompt = load_prompt(file)
     check_fits(prompt, tokenizer=tokenizer, embedding=decoder_embedding(network).weight, model=str(model.path))
-    if prompt.num_virtual_tokens != section.tokens:
+    if (prompt.metadata.layout == "bos-prompt-text") != section.bos:
         raise InputError(
-            f"{section.init} has {prompt.num_virtual_tokens} tokens, asked for are {section.tokens}",
-            hint=f"use --tokens {prompt.num_virtual_tokens}",
+            f"{section.init} was learned {'without' if section.bos else 'behind'} a BOS",
+            hint="leave out --bos" if section.bos else "use --bos",
+        )
+    tokens = prompt.num_virtual_tokens + (section.tokens - _rows(section) if isinstance(prompt, Prompt) else 0)
+    if tokens != section.tokens:
+        raise InputError(
+            f"{section.init} has {tokens} tokens, asked for are {section.tokens}", hint=f"use --tokens {tokens}"
         )
     return prompt
 

@@ -36,8 +36,8 @@ from ctp_cli.prompts.file import (
     load_prompt,
     save_prompt,
 )
-from ctp_cli.prompts.peft_export import export_peft, export_peft_prefix
-from ctp_cli.prompts.prefix import prefix_of
+from ctp_cli.prompts.peft_export import BOS_INSIDE, export_peft, export_peft_prefix
+from ctp_cli.prompts.prefix import bos_before, prefix_of
 from ctp_cli.prompts.stitching import stitch_vocabulary
 from ctp_cli.prompts.vocab import check_tokenizer
 from ctp_cli.recipe import StitchSection
@@ -99,7 +99,7 @@ def stitch(
         all_or_nothing(space),
     ):
         if section.format == "kv":
-            report, details = _kv(space, section, prompt, model, model_path, unverified)
+            report, details = _kv(space, section, prompt, model, tokenizer, model_path, unverified)
         elif section.format == "peft":
             report, details = _peft(space, section, prompt, model, tokenizer, model_path, unverified)
         else:
@@ -173,12 +173,14 @@ def _kv(
     section: StitchSection,
     prompt: AnyPrompt,
     model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     model_path: Path,
     notes: tuple[str, ...],
 ) -> tuple[StitchReport, dict[str, Any]]:
-    if prompt.metadata.layout != "prompt-text":
-        raise InputError("the prompt stands after a BOS token: its keys and values depend on it", hint="use vocab")
-    key_values = key_values_of(prefix_of(prompt, model, name=str(model_path))).float()
+    bos_id = bos_before(prompt, tokenizer)
+    key_values = key_values_of(prefix_of(prompt, model, name=str(model_path), bos_id=bos_id)).float()
+    if prompt.metadata.layout == "bos-prompt-text":
+        notes = (*notes, BOS_INSIDE)
     file = space.path / PROMPT_FILE
     save_prompt(file, KvPrefix(key_values, replace(prompt.metadata, kind="kv-prefix")), dtype=_dtype(section))
     written = file.stat().st_size
@@ -195,14 +197,12 @@ def _peft(
     model_path: Path,
     notes: tuple[str, ...],
 ) -> tuple[StitchReport, dict[str, Any]]:
-    bos_id = tokenizer.bos_token_id if prompt.metadata.layout == "bos-prompt-text" else None
-    if prompt.metadata.layout == "bos-prompt-text" and bos_id is None:
-        raise InputError("the prompt stands after a BOS token, which this tokenizer does not have")
+    bos_id = bos_before(prompt, tokenizer)
     settings: dict[str, Any] = {"model": model, "base_name": str(model_path.resolve()), "dtype": _dtype(section)}
     if isinstance(prompt, Prompt):
         notes = (*notes, *export_peft(prompt, space.path, bos_id=bos_id, **settings))
     else:
-        prefix_of(prompt, model, name=str(model_path))  # says why where it does not fit
+        prefix_of(prompt, model, name=str(model_path), bos_id=bos_id)  # says why where it does not fit
         notes = (*notes, *export_peft_prefix(prompt, space.path, **settings))
     written = (space.path / "adapter_model.safetensors").stat().st_size
     report = StitchReport(space.output, "peft", None, None, 0, written_bytes=written, copied_bytes=0, notes=notes)

@@ -50,7 +50,7 @@ def test_a_prompt_learned_without_one_is_refused(text: str, tmp_path: Path) -> N
     path = tiny_model("llama_tied_gqa", tmp_path / "model")
     prompt = tmp_path / "prompt.safetensors"
     save_prompt(prompt, Prompt(torch.zeros(3, AutoConfig.from_pretrained(path).hidden_size), PromptMetadata()))
-    with pytest.raises(InputError, match="learned without one"):
+    with pytest.raises(InputError, match="learned without a BOS"):
         evaluate(
             EvalSection(ppl=(text,), seqlen=24, windows=4, bos=True),
             targets=[Target("it", resolve_model(str(path)), prompt)],

@@ -39,7 +39,7 @@ def test_a_prompt_as_keys_and_values_scores_and_generates_as_the_prompt(family: 
     case = _case(family, tmp_path)
     prefix = load_prompt(_stitched(tmp_path, "kv"))
     assert isinstance(prefix, KvPrefix) and prefix.num_virtual_tokens == case.prompt.num_virtual_tokens
-    cache = prefix_of(prefix, case.model, name="base")
+    cache = prefix_of(prefix, case.model, name="base", bos_id=None)
     ids, keyword = case.bare_ids(), cache_keyword(case.model)
     with torch.no_grad():
         logits = case.model(ids, **{keyword: fresh_copy(cache, batch_size=1)}).logits
@@ -120,7 +120,7 @@ def test_a_prefix_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     assert "--format kv" in str(caught.value.hint)
     other = load_case(tiny_model("gpt2", tmp_path / "other"), tmp_path / "out")
     with pytest.raises(InputError, match=r"the prefix is 2x2x2x9x16 .* that of other would be 2x2x4x9x16"):
-        prefix_of(load_prompt(tmp_path / "kv"), other.model, name="other")
+        prefix_of(load_prompt(tmp_path / "kv"), other.model, name="other", bos_id=None)
 
 
 @pytest.mark.parametrize(
