@@ -9,7 +9,7 @@ O=rows (outputs) I=columns (inputs), a multiple of 8
 import torch
 from torch import Tensor
 
-_ROWS = 1 << 22
+_ROWS = 1 << 20
 """Places looked at in one go: positions are 64-bit integers, which should not outgrow the layer."""
 _BITS = torch.arange(256, dtype=torch.uint8)[:, None] >> torch.arange(8, dtype=torch.uint8) & 1
 """(256, 8): every byte's bits, least significant first."""
