@@ -298,7 +298,8 @@ def environment() -> dict[str, str | int | None]:
             versions[package] = version(package)
         except PackageNotFoundError:
             versions[package] = None
-    return {**versions, "platform": platform.platform(), "processor_count": os.cpu_count()}
+    told = {name: os.environ[name] for name in ("CTP_INT8_ACTIVATIONS", "CTP_DENSE_CODES") if name in os.environ}
+    return {**versions, **told, "platform": platform.platform(), "processor_count": os.cpu_count()}
 
 
 def peak_memory_bytes() -> int:

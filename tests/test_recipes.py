@@ -70,6 +70,9 @@ def test_values_that_are_not_what_their_tags_say(tmp_path: Path, value: str) -> 
 
 
 def test_a_stage_without_what_it_needs_is_refused() -> None:
+    for learn, evaluate in ((True, False), (False, True)):
+        with pytest.raises(RecipeError, match="set bos in both"):
+            build(Recipe, {"output": "x", "learn": {"bos": learn}, "eval": {"bos": evaluate}})
     with pytest.raises(RecipeError, match="stitch needs the prompt"):
         build(Recipe, {"output": "x", "compress": {"bits": 4}, "stitch": {}})
 

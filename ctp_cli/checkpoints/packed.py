@@ -106,7 +106,7 @@ class PackedSettings:
         else:
             parts[f"{name}.zeros"] = codes.zeros_OG
         in_runs = torch.equal(codes.g_idx_I.int(), runs_of_inputs(inputs, self.group_size))
-        if not in_runs or (self.group_size > 0 and inputs % self.group_size):  # not stored: groups of one size
+        if not in_runs or not self._of_one_size(inputs, codes.scales_OG.shape[1]):
             parts[f"{name}.g_idx"] = codes.g_idx_I.int()
         return parts
 
@@ -134,8 +134,10 @@ class PackedSettings:
             if mask_OB.dim() != 2 or mask_OB.shape[0] != outputs or mask_OB.dtype != torch.uint8:
                 raise wrong
             inputs = mask_OB.shape[1] * 8
-            if int(row_starts(mask_OB, self.bits)[-1]) != stored.numel():
-                raise wrong
+        if not outputs * groups * inputs or inputs % 8:  # before anything of these sizes is made
+            raise wrong
+        if mask_OB is not None and int(row_starts(mask_OB, self.bits)[-1]) != stored.numel():
+            raise wrong
         g_idx_I = parts.get("g_idx", runs_of_inputs(inputs, self.group_size))
         middle_OG = middle_zeros(outputs, groups, self.bits)
         zeros_OG = middle_OG if self.symmetric else parts.get("zeros", torch.empty(0))
@@ -143,9 +145,13 @@ class PackedSettings:
             raise wrong
         if not groups_fit(g_idx_I, inputs, groups):
             raise wrong
-        if "g_idx" not in parts and int(g_idx_I[-1]) + 1 != groups:
+        if "g_idx" not in parts and not self._of_one_size(inputs, groups):
             raise wrong
         return zeros_OG, g_idx_I
+
+    def _of_one_size(self, inputs: int, groups: int) -> bool:
+        """As groups are where none are stored."""
+        return groups == 1 if self.group_size <= 0 or inputs <= self.group_size else inputs == groups * self.group_size
 
     def scaled(self, parts: dict[str, Tensor], factors_OG: Tensor) -> dict[str, Tensor]:
         return {**parts, "scales": (parts["scales"].float() * factors_OG).half()}

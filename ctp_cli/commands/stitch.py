@@ -78,4 +78,5 @@ def stitch(
         "peft": [model, "--prompt", prompt],
         "kv": [model, "--prompt", report.path],
     }
-    console.next_step("ctp", "eval", *evaluated[section.format])
+    behind = ["--bos"] if report.layout == "bos-prompt-text" else []
+    console.next_step("ctp", "eval", *evaluated[section.format], *behind)

@@ -35,6 +35,8 @@ class PromptMetadata:
     layout: Layout = "prompt-text"
     """What stands before the text: the prompt, or the BOS token and then the prompt. A kv-prefix has keys and values of
     all that stands there, so of the latter its first ones are the BOS token's."""
+    bos_token_id: int | None = None
+    """The token of layout bos-prompt-text."""
     base_model: str | None = None
     """Name or hub id of the model before compression."""
     tokenizer_fingerprint: str | None = None
@@ -182,7 +184,7 @@ def _metadata(file: Path, strings: Mapping[str, str]) -> PromptMetadata:
     given: dict[str, Any] = {
         field.name: strings[field.name] for field in fields(PromptMetadata) if field.name in strings
     }
-    readers = {"steps": int, "seed": int, "validation_perplexity": float, "format_version": int}
+    readers = {"bos_token_id": int, "steps": int, "seed": int, "validation_perplexity": float, "format_version": int}
     for name, reader in readers.items():
         try:
             given.update({name: reader(given[name])} if name in given else {})

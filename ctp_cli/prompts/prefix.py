@@ -13,12 +13,18 @@ from ctp_cli.prompts.file import AnyPrompt, KvPrefix, Prompt
 
 
 def bos_before(prompt: AnyPrompt, tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The id that stands before this prompt. Raises InputError where the tokenizer has none."""
+    """The id that stands before this prompt. Raises InputError where the tokenizer has none, or another one."""
     if prompt.metadata.layout == "prompt-text" or isinstance(prompt, KvPrefix):
         return None
-    if tokenizer.bos_token_id is None:
+    learned, own = prompt.metadata.bos_token_id, tokenizer.bos_token_id
+    if own is None:
         raise InputError("the prompt stands after a BOS token, which this tokenizer does not have")
-    return int(tokenizer.bos_token_id)
+    if learned not in (None, own):
+        raise InputError(
+            f"the prompt was learned behind token {learned} as BOS, here that is {own}",
+            hint="use the tokenizer that it was learned with",
+        )
+    return int(own)
 
 
 def behind_bos(rows_PD: Tensor, model: PreTrainedModel, bos_id: int | None) -> Tensor:

@@ -3,6 +3,7 @@
 B=batch T=tokens K=likeliest tokens
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +12,6 @@ import torch
 from ctp_kernels.prefix import fresh_copy
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from ctp_cli.files import whole_file
 from ctp_cli.models.head import Scorer
@@ -50,6 +50,7 @@ class Teacher:
             return
         teacher = self.load()
         scorer: Scorer = teacher(Scorer)
+        bos = None if self.bos_id is None else teacher(functools.partial(bos_prefix, bos_id=self.bos_id))
         progress.start("ask the teacher", len(missing) * _STEPS_PER_FILE)
         for first in missing:
             tensors: _Held = {}
@@ -57,7 +58,10 @@ class Teacher:
                 ids_BT = batch_at(step)
                 check_ids(ids_BT, scorer.model)
                 ids_BT = ids_BT.to(scorer.model.device)
-                tokens_BTK, probabilities_BTK = teacher(lambda model, ids_BT=ids_BT: self._asked(model, scorer, ids_BT))
+                prefix = None if bos is None else fresh_copy(bos, batch_size=len(ids_BT))
+                tokens_BTK, probabilities_BTK = teacher(
+                    lambda _, ids_BT=ids_BT, prefix=prefix: scorer.likeliest(ids_BT, self.count, prefix=prefix)
+                )
                 tensors[f"tokens.{step}"] = tokens_BTK.to("cpu", torch.int32)
                 tensors[f"probabilities.{step}"] = probabilities_BTK.to("cpu", torch.float16)
                 progress.advance()
@@ -65,12 +69,6 @@ class Teacher:
                 with whole_file(self._file(first)) as beside:
                     save_file(tensors, beside)
         progress.finish()
-
-    def _asked(self, model: PreTrainedModel, scorer: Scorer, ids_BT: Tensor) -> tuple[Tensor, Tensor]:
-        if self.bos_id is None:
-            return scorer.likeliest(ids_BT, self.count)
-        prefix = fresh_copy(bos_prefix(model, self.bos_id), batch_size=len(ids_BT))
-        return scorer.likeliest(ids_BT, self.count, prefix=prefix)
 
     def at(self, step: int) -> dict[str, Tensor]:
         """Tokens and probabilities of a step's batch, (B, T - 1, K) both."""

@@ -91,7 +91,7 @@ def evaluate(
     texts = [load_text(spec, default_part="test") for spec in specs]
     if len({text.label for text in texts}) < len(texts):
         raise InputError("two texts have the same label", hint="write LABEL=FILE[:COLUMN] to tell them apart")
-    prompts = {target.label: _load_prompt(target) for target in targets}
+    prompts = {target.label: _load_prompt(section, target) for target in targets}
     tokens = {target.label: _windows(section, target, texts) for target in targets}
     warnings = _overlaps(prompts, texts)
     identity = {"eval": section.model_dump(), "inputs": _inputs(targets)}
@@ -113,10 +113,20 @@ def check_gate(section: EvalSection, report: EvalReport) -> None:
         raise GateFailedError(f"perplexity above max_ppl {section.max_ppl:g}: {lines}")
 
 
-def _load_prompt(target: Target) -> AnyPrompt | None:
+def _load_prompt(section: EvalSection, target: Target) -> AnyPrompt | None:
     if target.prompt is None:
         return None
-    return load_prompt(target.prompt)
+    prompt = load_prompt(target.prompt)
+    _check_bos(section, target, behind=prompt.metadata.layout == "bos-prompt-text")
+    return prompt
+
+
+def _check_bos(section: EvalSection, target: Target, *, behind: bool) -> None:
+    if behind != section.bos:
+        raise InputError(
+            f"{target.label}: its prompt was learned {'behind' if behind else 'without'} a BOS",
+            hint="use --bos, then all targets have one" if behind else "leave out --bos",
+        )
 
 
 def _windows(section: EvalSection, target: Target, texts: Sequence[Text]) -> dict[str, Tensor]:
@@ -179,11 +189,8 @@ def _prefix(section: EvalSection, target: Target, prompt: AnyPrompt | None, netw
         for line in check_fits(prompt, tokenizer=tokenizer, embedding=table, model=path):
             log.warning("%s", line)
         behind = prompt.metadata.layout == "bos-prompt-text"
-    if behind != section.bos and (prompt is not None or stitched is not None):
-        raise InputError(
-            f"{target.label}: its prompt was learned {'behind' if behind else 'without'} a BOS",
-            hint="use --bos, then all targets have one" if behind else "leave out --bos",
-        )
+    if stitched is not None:
+        _check_bos(section, target, behind=behind)
     if prompt is not None:
         cache = prefix_of(prompt, network, name=path, bos_id=bos_before(prompt, tokenizer))
     elif stitched is not None:
@@ -203,7 +210,7 @@ def _stitched(network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> t
         return None, False
     ids = [vocabulary[name] for name in token_names(count)]
     rows: Tensor = decoder_embedding(network)(torch.tensor(ids, device=network.device))
-    return rows, tokenizer("")["input_ids"][:1] != ids[:1]
+    return rows, tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
 
 
 def _overlaps(prompts: dict[str, AnyPrompt | None], texts: Sequence[Text]) -> tuple[str, ...]:

@@ -97,6 +97,8 @@ def learn_prompt(
     """
     _check_before_reading(section, models, teacher, output, device, force)
     tokenizer = load_tokenizer(models[0].path)
+    if section.bos:
+        bos_of(tokenizer)  # a tokenizer without one is refused before the models are read
     text = learning_text(section, models[0], tokenizer)
     identity = _identity(section, models, teacher, text)
     accelerator = _accelerator(section, device, output)
@@ -185,6 +187,7 @@ class _Job:
         return PromptMetadata(
             kind=self.section.method,
             layout="bos-prompt-text" if self.section.bos else "prompt-text",
+            bos_token_id=self.bos_id,
             base_model=_base_name(self.models[0]),
             tokenizer_fingerprint=fingerprint_tokenizer(self.tokenizer),
             embedding_fingerprint=self.table,

@@ -29,6 +29,7 @@ from ctp_cli.prompts.file import (
     PROMPT_FILE,
     AnyPrompt,
     KvPrefix,
+    Layout,
     Prompt,
     check_fits,
     fingerprint_embedding,
@@ -61,6 +62,7 @@ class StitchReport:
     written_bytes: int
     copied_bytes: int
     notes: tuple[str, ...]
+    layout: Layout = "prompt-text"
 
 
 def stitch(
@@ -117,7 +119,7 @@ def stitch(
                 "results": details,
             }
         )
-    return report
+    return replace(report, layout=prompt.metadata.layout)
 
 
 def sample_ids(tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:

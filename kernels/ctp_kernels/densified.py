@@ -5,6 +5,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from ctp_kernels import packed
 from ctp_kernels.ragged import pack_kept, unpack_bits, unpack_kept
 from ctp_kernels.reference import PackedParts
 
@@ -18,6 +19,8 @@ def described(parts: PackedParts) -> PackedParts:
 def without_mask(parts: PackedParts) -> PackedParts:
     """The same weights without a mask: what it leaves out gets its zero point as code, which is a weight of 0."""
     assert parts.mask is not None
+    if parts.g_idx is None and parts.codes.device.type == "cpu" and packed.available() and not packed.refusal(parts):
+        return replace(parts, codes=packed.dense_codes(packed.PackedLayer.of(parts)), mask=None)
     keep_NK = unpack_bits(parts.mask)
     codes_NK = unpack_kept(parts.codes.flatten(), keep_NK, parts.bits)
     if parts.zeros is None:

@@ -450,7 +450,7 @@ def _checked_starts(parts: PackedParts) -> Tensor:
     fits = (
         int(starts_N[-1]) == parts.codes.numel()
         and parts.inputs > 0
-        and parts.inputs % groups == 0
+        and (parts.inputs % groups == 0 or parts.g_idx is not None)
         and (parts.zeros is None or parts.zeros.shape == parts.scales.shape)
         and (parts.g_idx is None or _in_groups(parts.g_idx, parts.inputs, groups))
     )

@@ -27,6 +27,7 @@ _SEGMENT, _SHORT, _LONGEST = 128, 48, 2048
 """Inputs of a segment, a run with scales of its own. Groups are cut into the longest equal ones between the first two,
 or are one segment, of no more inputs than 32-bit sums hold. Each is padded to a multiple of 64."""
 _DENSE, _HALF, _BITMAP = range(3)
+_NEEDS = "products with packed layers need a processor with AVX2 and a C++ compiler"
 _STORED = torch.tensor([byte.bit_count() for byte in range(256)], dtype=torch.uint8)
 """Weights that a byte of a mask stores."""
 
@@ -147,13 +148,34 @@ def product_int8(x_MK: Tensor, layer: PackedLayer) -> Tensor:
     return _product(x_MK, layer, 8)
 
 
+def dense_codes(layer: PackedLayer) -> Tensor:
+    """(N * K * bits / 8,) uint8: the codes of a layer with a mask as one without has them, in the same order of inputs.
+
+    What the mask leaves out gets its zero point.
+    Raises: RuntimeError where `available` is false; MemoryError.
+    """
+    parts, library = layer.parts, _library()
+    if library is None:
+        raise RuntimeError(_NEEDS)
+    out = torch.empty(parts.outputs * parts.inputs * parts.bits // 8, dtype=torch.uint8)
+    tensors = (parts.codes, parts.mask, layer.starts_N, parts.scales, parts.zeros)
+    failed = library.packed_dense_codes(
+        *(None if x is None else x.data_ptr() for x in tensors),
+        *layer._numbers,
+        *(out.data_ptr(), torch.get_num_threads()),
+    )
+    if failed:
+        raise MemoryError(f"no memory for codes of {parts.inputs} inputs")
+    return out
+
+
 def _product(x_MK: Tensor, layer: PackedLayer, width: int) -> Tensor:
     parts, library = layer.parts, _library()
     _, outputs, inputs, *_ = layer._numbers
     if x_MK.dim() != 2 or x_MK.shape[1] != inputs or not x_MK.is_floating_point() or x_MK.device.type != "cpu":
         raise ValueError(f"{tuple(x_MK.shape)} {x_MK.dtype} on {x_MK.device}: no rows of {inputs} inputs on the CPU")
     if library is None:
-        raise RuntimeError("products with packed layers need a processor with AVX2 and a C++ compiler")
+        raise RuntimeError(_NEEDS)
     if layer.order is not None:
         x_MK = x_MK[:, layer.order]
     x_MK = x_MK.float().contiguous()
@@ -197,4 +219,6 @@ def _library() -> ctypes.CDLL | None:
         pointer, number = ctypes.c_void_p, ctypes.c_int64
         library.packed_product.argtypes = [*[pointer] * 5, *[number] * 7, pointer, number, number, pointer, number]
         library.packed_product.restype = ctypes.c_int
+        library.packed_dense_codes.argtypes = [*[pointer] * 5, *[number] * 7, pointer, number]
+        library.packed_dense_codes.restype = ctypes.c_int
     return library

@@ -153,6 +153,11 @@ class Output {
     return {fields_ + s * step_, zeros_[s], uint8_t(flipped_ ? zeros_[s] * 17 : 0)};
   }
 
+  uint8_t code(int64_t s, int64_t k) const {
+    const uint8_t* const fields = fields_ + s * step_;
+    return width(layer_.bits) == 8 ? fields[k] : (fields[k / 2] >> 4 * (k % 2) & 15) ^ (flipped_ ? zeros_[s] : 0);
+  }
+
  private:
   const Layer& layer_;
   const bool stored_, flipped_;  // as fields are; by zero points
@@ -251,4 +256,28 @@ extern "C" int packed_product(
     case 16: return with(WordsOfNibbles{}, WordsOfBytes{});
     default: return with(FloatsOfNibbles{}, FloatsOfBytes{});
   }
+}
+
+// Codes of a layer with a mask as one without has them, (N, K * bits / 8): what the mask leaves out gets its zero point.
+// Arguments as those of `packed_product`.
+extern "C" int packed_dense_codes(
+    const uint8_t* codes, const uint8_t* mask, const int64_t* starts, const uint16_t* scales, const uint8_t* zeros,
+    int64_t bytes, int64_t outputs, int64_t inputs, int64_t groups, int64_t segment, int64_t bits, int64_t kind,
+    uint8_t* out, int64_t threads) try {
+  const Layer layer{codes, mask, starts, scales, zeros, bytes, outputs, inputs, groups, segment, bits, Kind(kind)};
+  return in_parallel(threads, threads, [&](int64_t thread) {
+    Output output(layer);
+    for (int64_t o = outputs * thread / threads; o < outputs * (thread + 1) / threads; ++o) {
+      output.take(o);
+      uint8_t* to = out + o * inputs * bits / 8;
+      for (int64_t s = 0; s < layer.segments(); ++s)
+        for (int64_t k = 0; k < segment; k += 8, to += bits) {
+          uint64_t word = 0;
+          for (int64_t i = 0; i < 8; ++i) word |= uint64_t(output.code(s, k + i)) << (i * bits);
+          std::memcpy(to, &word, bits);
+        }
+    }
+  });
+} catch (const std::bad_alloc&) {
+  return 1;
 }

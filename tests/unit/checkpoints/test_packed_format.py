@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 import torch
 from compressed import calibration_text, run, stored_tensors
+from ctp_kernels import dispatch
 from ctp_kernels.ragged import pack_bits, pack_kept, row_starts, unpack_bits, unpack_kept
+from ctp_kernels.reference import PackedParts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import VOCAB_SIZE, tiny_model
@@ -116,6 +118,15 @@ def test_groups_of_unequal_sizes_are_written_down() -> None:
     uneven = Codes(even.codes_OI[:, :40], even.scales_OG, even.zeros_OG, even.g_idx_I[:40])
     assert "g_idx" in parts_of(form, uneven)
     assert torch.equal(form.unpack("layer", parts_of(form, uneven)).values(), uneven.values())
+    weight = dispatch.prepare(PackedParts(bits=4, **parts_of(form, uneven)))
+    torch.testing.assert_close(weight.dense(torch.float32), uneven.values())
+    without = {name: tensor for name, tensor in parts_of(form, uneven).items() if name != "g_idx"}
+    with pytest.raises(InputError, match="do not go together"):
+        form.unpack("layer", without)
+    # one group that is not as long as it might be is of one size
+    short = Codes(even.codes_OI[:, :16], even.scales_OG[:, :1], even.zeros_OG[:, :1], even.g_idx_I[:16])
+    assert "g_idx" not in parts_of(form, short)
+    assert torch.equal(form.unpack("layer", parts_of(form, short)).values(), short.values())
 
 
 def parts_of(form: PackedSettings, codes: Codes) -> dict[str, torch.Tensor]:
@@ -156,6 +167,13 @@ def test_parts_that_do_not_go_together_are_refused() -> None:
         {"g_idx": torch.arange(64, dtype=torch.int32)},
         {"g_idx": torch.full((64,), -1, dtype=torch.int32)},
         {"g_idx": torch.zeros(64)},
+        {
+            "codes": good["codes"][:0],
+            "mask": good["mask"][:0],
+            "scales": good["scales"][:0],
+            "zeros": good["zeros"][:0],
+        },
+        {"codes": good["codes"][:0].view(24, 0), "mask": good["mask"][:, :0]},
     ):
         with pytest.raises(InputError, match=r"layer: the .* parts of this layer do not go together"):
             form.unpack("layer", {**good, **change})
@@ -164,6 +182,13 @@ def test_parts_that_do_not_go_together_are_refused() -> None:
             form.unpack("layer", {part: tensor for part, tensor in good.items() if part != missing})
     with pytest.raises(InputError, match="do not go together"):
         form.unpack("layer", {part: tensor for part, tensor in good.items() if part != "zeros"})
+    odd = {
+        "codes": torch.zeros(24, 12, dtype=torch.uint8),
+        "scales": good["scales"][:, :1],
+        "zeros": good["zeros"][:, :1],
+    }
+    with pytest.raises(InputError, match="do not go together"):
+        PackedSettings(8, 12, False).unpack("layer", odd)
     for other in (PackedSettings(3, 32, False), PackedSettings(4, 64, False), PackedSettings(4, 16, False)):
         with pytest.raises(InputError, match="do not go together"):
             other.unpack("layer", good)

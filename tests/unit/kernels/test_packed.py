@@ -7,8 +7,8 @@ import torch
 from ctp_kernels import packed, reference
 from ctp_kernels.cpu import build
 from ctp_kernels.cpu.build import AVX2_F16C, AVX512_VNNI, Level
-from ctp_kernels.packed import PackedLayer, product, product_int8, product_int16
-from ctp_kernels.ragged import pack_bits, pack_kept
+from ctp_kernels.packed import PackedLayer, dense_codes, product, product_int8, product_int16
+from ctp_kernels.ragged import pack_bits, pack_kept, unpack_bits, unpack_kept
 from ctp_kernels.reference import PackedParts
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -55,6 +55,16 @@ def check(parts: PackedParts, x_MK: torch.Tensor, rows: tuple[int, ...] = ()) ->
             y_MN = by_integers(x_MK[:m], layer)
             close(y_MN, of_rounded_MN[:m], x_rounded[:m].abs() @ W_NK[:, order].abs().T, 3e-7)
             close(y_MN, wanted_MN[:m], bound_MN[:m], 1)
+    if layer.parts.mask is not None:
+        assert torch.equal(dense_codes(layer), with_zero_points(layer.parts))
+
+
+def with_zero_points(parts: PackedParts) -> torch.Tensor:
+    keep_NK = unpack_bits(parts.mask)
+    codes_NK = unpack_kept(parts.codes.flatten(), keep_NK, parts.bits)
+    zeros_NG = torch.full(parts.scales.shape, 2 ** (parts.bits - 1)) if parts.zeros is None else parts.zeros
+    zeros_NK = zeros_NG.to(torch.uint8).repeat_interleave(parts.inputs // zeros_NG.shape[1], 1)
+    return pack_kept(torch.where(keep_NK, codes_NK, zeros_NK), torch.ones_like(keep_NK), parts.bits)
 
 
 @pytest.mark.parametrize("threads", [1, 2])

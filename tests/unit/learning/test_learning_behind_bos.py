@@ -65,18 +65,33 @@ def test_a_prompt_is_learned_chosen_evaluated_and_stitched_behind_a_bos(family: 
     with pytest.raises(InputError, match="learned behind a BOS"):
         scored(path, tmp_path / "prompt", bos=False)
     for format in ("vocab", "kv"):
-        stitch(
+        made = stitch(
             StitchSection(format=format),
             prompt_path=tmp_path / "prompt",
             model_path=path,
             output=tmp_path / f"stitched-{format}",
         )
+        assert made.layout == "bos-prompt-text", "or the command that is proposed next lacks --bos"
     assert scored(tmp_path / "stitched-vocab", None) == pytest.approx(wanted, rel=1e-5)
     assert scored(path, tmp_path / "stitched-kv") == pytest.approx(wanted, rel=1e-5)
     _, tokenizer = loaded(tmp_path / "stitched-vocab")
     assert tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
     with pytest.raises(InputError, match="learned behind a BOS"):
         scored(tmp_path / "stitched-vocab", None, bos=False)
+
+
+def test_another_bos_is_refused(tmp_path: Path) -> None:
+    path = tiny_model("llama_tied_gqa", tmp_path / "model")
+    run(path, tmp_path / "prompt", bos=True, steps=1)
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    tokenizer.bos_token = tokenizer.convert_ids_to_tokens(7)
+    tokenizer.save_pretrained(path)
+    with pytest.raises(InputError, match="behind token 1 as BOS, here that is 7"):
+        scored(path, tmp_path / "prompt")
+    tokenizer.bos_token = None
+    tokenizer.save_pretrained(path)
+    with pytest.raises(InputError, match="no BOS"):
+        run(path, tmp_path / "no", bos=True)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
