@@ -20,6 +20,7 @@ inline Lanes all(float x) { return _mm256_set1_ps(x); }
 inline Lanes lanes(const float* from) { return _mm256_loadu_ps(from); }
 inline Lanes plus(Lanes a, Lanes b) { return _mm256_add_ps(a, b); }
 inline Lanes minus(Lanes a, Lanes b) { return _mm256_sub_ps(a, b); }
+inline Lanes times(Lanes a, Lanes b) { return _mm256_mul_ps(a, b); }
 inline Lanes times_plus(Lanes a, Lanes b, Lanes c) { return _mm256_fmadd_ps(a, b, c); }
 inline float sum(Lanes x) {
   __m128 half = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
@@ -28,11 +29,10 @@ inline float sum(Lanes x) {
 }
 
 using Integers = __m256i;
-inline Lanes minus_times(Integers sums, int32_t zero, const int32_t* of_x) {
-  const __m256i of_lanes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(of_x));
-  return _mm256_cvtepi32_ps(_mm256_sub_epi32(sums, _mm256_mullo_epi32(_mm256_set1_epi32(zero), of_lanes)));
-}
 inline __m256i integers(const void* from) { return _mm256_loadu_si256(static_cast<const __m256i*>(from)); }
+inline Lanes numbers(Integers x) { return _mm256_cvtepi32_ps(x); }
+inline Lanes numbers(Lanes x) { return x; }
+inline Integers minus_zero_times(uint8_t zero, Integers of_x) { return _mm256_mullo_epi32(_mm256_set1_epi32(-zero), of_x); }
 
 inline int64_t width(int64_t bits) { return bits == 8 ? 8 : 4; }
 
@@ -99,13 +99,16 @@ struct FloatsOfNibbles {
   using X = float;
   static constexpr float kSteps = 0;  // x is as it is
   using Sum = Lanes;
+  using Part = int32_t;
+  static constexpr int64_t kParts = 0;
   static void place(const float* x, X* out) {
     for (int64_t j = 0; j < 8; ++j)
       for (int64_t lane = 0; lane < 8; ++lane) out[8 * j + lane] = x[8 * lane + j] / float(1 << 4 * (j % 4));
   }
 
   template <int R, int M>
-  static void products(const Segment* of_output, const X* x, int64_t stride, int64_t blocks, Sum (*sums)[M]) {
+  [[gnu::always_inline]] static void products(const Segment* of_output, const X* x, int64_t stride, int64_t blocks, const Part*, int64_t,
+                       Sum (*sums)[M]) {
     constexpr int kChains = M == 1 ? 4 : 1;  // a sum waits for itself, so one row takes several
     Lanes zero[R][4];
     __m256i flip[R];
@@ -145,10 +148,13 @@ struct FloatsOfBytes {
   using X = float;
   static constexpr float kSteps = 0;  // x is as it is
   using Sum = Lanes;
+  using Part = int32_t;
+  static constexpr int64_t kParts = 0;
   static void place(const float* x, X* out) { std::memcpy(out, x, kBlock * sizeof(X)); }
 
   template <int R, int M>
-  static void products(const Segment* of_output, const X* x, int64_t stride, int64_t blocks, Sum (*sums)[M]) {
+  [[gnu::always_inline]] static void products(const Segment* of_output, const X* x, int64_t stride, int64_t blocks, const Part*, int64_t,
+                       Sum (*sums)[M]) {
     Lanes of[R][M];
     for (int r = 0; r < R; ++r)
       for (int m = 0; m < M; ++m) of[r][m] = nothing();
@@ -177,22 +183,29 @@ struct BytesOfNibbles {
   static void place(const int16_t* x, X* out) {
     for (int64_t k = 0; k < kBlock; ++k) out[k % 2 * 32 + k / 2] = X(x[k]);
   }
-  static constexpr int64_t kRun = 8;
+  using Part = int16_t;
+  static constexpr int64_t kParts = 16, kRun = 4;
 
   template <int R, int M>
-  static void products(const Segment* of_output, const X* x, int64_t stride, int64_t blocks, Sum (*sums)[M]) {
-    // two products of a code and an 8-bit x are at most 2 * 15 * 127 in size: 16 bits hold eight such sums
+  [[gnu::always_inline]] static void products(const Segment* of_output, const X* x, int64_t stride, int64_t blocks, const Part* of_x, int64_t of_x_stride,
+                       Sum (*sums)[M]) {
+    // two products of a code and an 8-bit x are at most 2 * 15 * 127 in size: 16 bits hold eight such sums, and those
+    // of code - zero as well, whatever overflows on the way
     constexpr int64_t kAtOnce = 4;
     __m256i flip[R];
     for (int r = 0; r < R; ++r) flip[r] = _mm256_set1_epi8(char(of_output[r].flip));
-    __m256i of[R][M];
-    for (int r = 0; r < R; ++r)
-      for (int m = 0; m < M; ++m) of[r][m] = _mm256_setzero_si256();
     const __m256i low = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
+    const bool at_once = blocks <= kAtOnce;
+    for (int r = 0; r < R; ++r)
+      for (int m = 0; m < M; ++m)
+        sums[r][m] = at_once ? _mm256_setzero_si256()
+                             : minus_zero_times(of_output[r].zero, _mm256_madd_epi16(integers(of_x + m * of_x_stride), ones));
     for (int64_t first = 0; first < blocks; first += kAtOnce) {
       __m256i few[R][M];
-      for (int r = 0; r < R; ++r)
-        for (int m = 0; m < M; ++m) few[r][m] = _mm256_setzero_si256();
+      for (int m = 0; m < M; ++m) {
+        const __m256i parts = at_once ? integers(of_x + m * of_x_stride) : _mm256_setzero_si256();
+        for (int r = 0; r < R; ++r) few[r][m] = _mm256_mullo_epi16(_mm256_set1_epi16(-of_output[r].zero), parts);
+      }
       for (int64_t b = first; b < std::min(first + kAtOnce, blocks); ++b, x += kBlock) {
         __m256i even[R], odd[R];
         for (int r = 0; r < R; ++r) {
@@ -209,10 +222,11 @@ struct BytesOfNibbles {
         }
       }
       for (int r = 0; r < R; ++r)
-        for (int m = 0; m < M; ++m) of[r][m] = _mm256_add_epi32(of[r][m], _mm256_madd_epi16(few[r][m], ones));
+        for (int m = 0; m < M; ++m) {
+          const __m256i wide = _mm256_madd_epi16(few[r][m], ones);
+          sums[r][m] = at_once ? wide : _mm256_add_epi32(sums[r][m], wide);
+        }
     }
-    for (int r = 0; r < R; ++r)
-      for (int m = 0; m < M; ++m) sums[r][m] = of[r][m];
   }
 };
 
@@ -224,10 +238,12 @@ struct WordsOfNibbles {
   static void place(const int16_t* x, X* out) {
     for (int64_t k = 0; k < kBlock; ++k) out[k % 4 * 16 + k / 4] = x[k];
   }
-  static constexpr int64_t kRun = 8;
+  using Part = int32_t;
+  static constexpr int64_t kParts = kLanes, kRun = 8;
 
   template <int R, int M>
-  static void products(const Segment* of_output, const X* x, int64_t stride, int64_t blocks, Sum (*sums)[M]) {
+  [[gnu::always_inline]] static void products(const Segment* of_output, const X* x, int64_t stride, int64_t blocks, const Part* of_x, int64_t of_x_stride,
+                       Sum (*sums)[M]) {
     __m256i flip[R], of[R][M];
     for (int r = 0; r < R; ++r) flip[r] = _mm256_set1_epi8(char(of_output[r].flip));
     for (int r = 0; r < R; ++r)
@@ -248,7 +264,8 @@ struct WordsOfNibbles {
       }
     }
     for (int r = 0; r < R; ++r)
-      for (int m = 0; m < M; ++m) sums[r][m] = of[r][m];
+      for (int m = 0; m < M; ++m)
+        sums[r][m] = _mm256_add_epi32(of[r][m], minus_zero_times(of_output[r].zero, integers(of_x + m * of_x_stride)));
   }
 };
 
@@ -259,10 +276,12 @@ struct Widened {
   static constexpr float kSteps = kLargest;
   using Sum = Integers;
   static void place(const int16_t* x, X* out) { std::copy(x, x + kBlock, out); }
-  static constexpr int64_t kRun = 2;
+  using Part = int32_t;
+  static constexpr int64_t kParts = kLanes, kRun = 2;
 
   template <int R, int M>
-  static void products(const Segment* of_output, const X* x, int64_t stride, int64_t blocks, Sum (*sums)[M]) {
+  [[gnu::always_inline]] static void products(const Segment* of_output, const X* x, int64_t stride, int64_t blocks, const Part* of_x, int64_t of_x_stride,
+                       Sum (*sums)[M]) {
     __m256i of[R][M];
     for (int r = 0; r < R; ++r)
       for (int m = 0; m < M; ++m) of[r][m] = _mm256_setzero_si256();
@@ -276,7 +295,8 @@ struct Widened {
       }
     }
     for (int r = 0; r < R; ++r)
-      for (int m = 0; m < M; ++m) sums[r][m] = of[r][m];
+      for (int m = 0; m < M; ++m)
+        sums[r][m] = _mm256_add_epi32(of[r][m], minus_zero_times(of_output[r].zero, integers(of_x + m * of_x_stride)));
   }
 };
 

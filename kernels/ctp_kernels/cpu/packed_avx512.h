@@ -19,13 +19,15 @@ inline Lanes all(float x) { return _mm512_set1_ps(x); }
 inline Lanes lanes(const float* from) { return _mm512_loadu_ps(from); }
 inline Lanes plus(Lanes a, Lanes b) { return _mm512_add_ps(a, b); }
 inline Lanes minus(Lanes a, Lanes b) { return _mm512_sub_ps(a, b); }
+inline Lanes times(Lanes a, Lanes b) { return _mm512_mul_ps(a, b); }
 inline Lanes times_plus(Lanes a, Lanes b, Lanes c) { return _mm512_fmadd_ps(a, b, c); }
 inline float sum(Lanes x) { return _mm512_reduce_add_ps(x); }
 
 using Integers = __m512i;
-inline Lanes minus_times(Integers sums, int32_t zero, const int32_t* of_x) {
-  const __m512i zeros = _mm512_mullo_epi32(_mm512_set1_epi32(zero), _mm512_loadu_si512(of_x));
-  return _mm512_cvtepi32_ps(_mm512_sub_epi32(sums, zeros));
+inline Lanes numbers(Integers x) { return _mm512_cvtepi32_ps(x); }
+inline Lanes numbers(Lanes x) { return x; }
+inline Integers minus_zero_times(uint8_t zero, const int32_t* of_x) {
+  return _mm512_mullo_epi32(_mm512_set1_epi32(-zero), _mm512_loadu_si512(of_x));
 }
 
 inline int64_t width(int64_t) { return 8; }
@@ -68,10 +70,13 @@ struct Floats {
   using X = float;
   static constexpr float kSteps = 0;  // x is as it is
   using Sum = Lanes;
+  using Part = int32_t;
+  static constexpr int64_t kParts = 0;
   static void place(const float* x, X* out) { std::memcpy(out, x, kBlock * sizeof(X)); }
 
   template <int R, int M>
-  static void products(const Segment* of_output, const X* x, int64_t stride, int64_t blocks, Sum (*sums)[M]) {
+  [[gnu::always_inline]] static void products(const Segment* of_output, const X* x, int64_t stride, int64_t blocks, const Part*, int64_t,
+                       Sum (*sums)[M]) {
     constexpr int kChains = M == 1 ? 4 : 1;  // a sum waits for itself, so one row takes several
     Lanes of[R][M][kChains];
     for (int r = 0; r < R; ++r)
@@ -104,13 +109,15 @@ struct Bytes {
   static constexpr float kSteps = 127;
   using Sum = Integers;
   static void place(const int16_t* x, X* out) { std::copy(x, x + kBlock, out); }
-  static constexpr int64_t kRun = 4;  // neighbouring inputs of a lane
+  using Part = int32_t;
+  static constexpr int64_t kParts = kLanes, kRun = 4;  // neighbouring inputs of a lane
 
   template <int R, int M>
-  static void products(const Segment* of_output, const X* x, int64_t stride, int64_t blocks, Sum (*sums)[M]) {
+  [[gnu::always_inline]] static void products(const Segment* of_output, const X* x, int64_t stride, int64_t blocks, const Part* of_x, int64_t of_x_stride,
+                       Sum (*sums)[M]) {
     __m512i of[R][M];
     for (int r = 0; r < R; ++r)
-      for (int m = 0; m < M; ++m) of[r][m] = _mm512_setzero_si512();
+      for (int m = 0; m < M; ++m) of[r][m] = minus_zero_times(of_output[r].zero, of_x + m * of_x_stride);
     for (int64_t b = 0; b < blocks; ++b, x += kBlock) {
       __m512i code[R];
       for (int r = 0; r < R; ++r) code[r] = _mm512_loadu_si512(of_output[r].fields + b * kBlock);
@@ -129,13 +136,15 @@ struct Words {
   static constexpr float kSteps = 32767;
   using Sum = Integers;
   static void place(const int16_t* x, X* out) { std::copy(x, x + kBlock, out); }
-  static constexpr int64_t kRun = 2;
+  using Part = int32_t;
+  static constexpr int64_t kParts = kLanes, kRun = 2;
 
   template <int R, int M>
-  static void products(const Segment* of_output, const X* x, int64_t stride, int64_t blocks, Sum (*sums)[M]) {
+  [[gnu::always_inline]] static void products(const Segment* of_output, const X* x, int64_t stride, int64_t blocks, const Part* of_x, int64_t of_x_stride,
+                       Sum (*sums)[M]) {
     __m512i of[R][M];
     for (int r = 0; r < R; ++r)
-      for (int m = 0; m < M; ++m) of[r][m] = _mm512_setzero_si512();
+      for (int m = 0; m < M; ++m) of[r][m] = minus_zero_times(of_output[r].zero, of_x + m * of_x_stride);
     for (int64_t k = 0; k < blocks * kBlock; k += 32) {
       __m512i code[R];
       for (int r = 0; r < R; ++r)
