@@ -32,7 +32,10 @@ using Integers = __m256i;
 inline __m256i integers(const void* from) { return _mm256_loadu_si256(static_cast<const __m256i*>(from)); }
 inline Lanes numbers(Integers x) { return _mm256_cvtepi32_ps(x); }
 inline Lanes numbers(Lanes x) { return x; }
-inline Integers minus_zero_times(uint8_t zero, Integers of_x) { return _mm256_mullo_epi32(_mm256_set1_epi32(-zero), of_x); }
+inline Integers minus_zero_times(uint8_t zero, const int32_t* of_x) {
+  return _mm256_mullo_epi32(_mm256_set1_epi32(-zero), integers(of_x));
+}
+inline Integers plus(Integers a, Integers b) { return _mm256_add_epi32(a, b); }
 
 inline int64_t width(int64_t bits) { return bits == 8 ? 8 : 4; }
 
@@ -98,17 +101,18 @@ void decode(const Row& given) {
 struct FloatsOfNibbles {
   using X = float;
   static constexpr float kSteps = 0;  // x is as it is
+  static constexpr bool kLessZero = true;
   using Sum = Lanes;
-  using Part = int32_t;
-  static constexpr int64_t kParts = 0;
   static void place(const float* x, X* out) {
     for (int64_t j = 0; j < 8; ++j)
       for (int64_t lane = 0; lane < 8; ++lane) out[8 * j + lane] = x[8 * lane + j] / float(1 << 4 * (j % 4));
   }
 
-  template <int R, int M>
-  [[gnu::always_inline]] static void products(const Segment* of_output, const X* x, int64_t stride, int64_t blocks, const Part*, int64_t,
-                       Sum (*sums)[M]) {
+  template <int R, int M, int B>
+  static void products(
+      const Segment* of_output, const X* x, int64_t stride, int64_t any, const int32_t*, int64_t,
+      Sum (*sums)[M]) {
+    const int64_t blocks = B ? B : any;
     constexpr int kChains = M == 1 ? 4 : 1;  // a sum waits for itself, so one row takes several
     Lanes zero[R][4];
     __m256i flip[R];
@@ -147,14 +151,15 @@ struct FloatsOfNibbles {
 struct FloatsOfBytes {
   using X = float;
   static constexpr float kSteps = 0;  // x is as it is
+  static constexpr bool kLessZero = true;
   using Sum = Lanes;
-  using Part = int32_t;
-  static constexpr int64_t kParts = 0;
   static void place(const float* x, X* out) { std::memcpy(out, x, kBlock * sizeof(X)); }
 
-  template <int R, int M>
-  [[gnu::always_inline]] static void products(const Segment* of_output, const X* x, int64_t stride, int64_t blocks, const Part*, int64_t,
-                       Sum (*sums)[M]) {
+  template <int R, int M, int B>
+  static void products(
+      const Segment* of_output, const X* x, int64_t stride, int64_t any, const int32_t*, int64_t,
+      Sum (*sums)[M]) {
+    const int64_t blocks = B ? B : any;
     Lanes of[R][M];
     for (int r = 0; r < R; ++r)
       for (int m = 0; m < M; ++m) of[r][m] = nothing();
@@ -183,29 +188,26 @@ struct BytesOfNibbles {
   static void place(const int16_t* x, X* out) {
     for (int64_t k = 0; k < kBlock; ++k) out[k % 2 * 32 + k / 2] = X(x[k]);
   }
-  using Part = int16_t;
-  static constexpr int64_t kParts = 16, kRun = 4;
+  static constexpr int64_t kRun = 8;
+  static constexpr bool kLessZero = false;
 
-  template <int R, int M>
-  [[gnu::always_inline]] static void products(const Segment* of_output, const X* x, int64_t stride, int64_t blocks, const Part* of_x, int64_t of_x_stride,
-                       Sum (*sums)[M]) {
-    // two products of a code and an 8-bit x are at most 2 * 15 * 127 in size: 16 bits hold eight such sums, and those
-    // of code - zero as well, whatever overflows on the way
+  template <int R, int M, int B>
+  static void products(
+      const Segment* of_output, const X* x, int64_t stride, int64_t any, const int32_t*, int64_t,
+      Sum (*sums)[M]) {
+    const int64_t blocks = B ? B : any;
+    // two products of a code and an 8-bit x are at most 2 * 15 * 127 in size: 16 bits hold eight such sums
     constexpr int64_t kAtOnce = 4;
     __m256i flip[R];
     for (int r = 0; r < R; ++r) flip[r] = _mm256_set1_epi8(char(of_output[r].flip));
     const __m256i low = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
-    const bool at_once = blocks <= kAtOnce;
+    __m256i of[R][M];
     for (int r = 0; r < R; ++r)
-      for (int m = 0; m < M; ++m)
-        sums[r][m] = at_once ? _mm256_setzero_si256()
-                             : minus_zero_times(of_output[r].zero, _mm256_madd_epi16(integers(of_x + m * of_x_stride), ones));
+      for (int m = 0; m < M; ++m) of[r][m] = _mm256_setzero_si256();
     for (int64_t first = 0; first < blocks; first += kAtOnce) {
       __m256i few[R][M];
-      for (int m = 0; m < M; ++m) {
-        const __m256i parts = at_once ? integers(of_x + m * of_x_stride) : _mm256_setzero_si256();
-        for (int r = 0; r < R; ++r) few[r][m] = _mm256_mullo_epi16(_mm256_set1_epi16(-of_output[r].zero), parts);
-      }
+      for (int r = 0; r < R; ++r)
+        for (int m = 0; m < M; ++m) few[r][m] = _mm256_setzero_si256();
       for (int64_t b = first; b < std::min(first + kAtOnce, blocks); ++b, x += kBlock) {
         __m256i even[R], odd[R];
         for (int r = 0; r < R; ++r) {
@@ -222,11 +224,10 @@ struct BytesOfNibbles {
         }
       }
       for (int r = 0; r < R; ++r)
-        for (int m = 0; m < M; ++m) {
-          const __m256i wide = _mm256_madd_epi16(few[r][m], ones);
-          sums[r][m] = at_once ? wide : _mm256_add_epi32(sums[r][m], wide);
-        }
+        for (int m = 0; m < M; ++m) of[r][m] = _mm256_add_epi32(of[r][m], _mm256_madd_epi16(few[r][m], ones));
     }
+    for (int r = 0; r < R; ++r)
+      for (int m = 0; m < M; ++m) sums[r][m] = of[r][m];
   }
 };
 
@@ -238,12 +239,14 @@ struct WordsOfNibbles {
   static void place(const int16_t* x, X* out) {
     for (int64_t k = 0; k < kBlock; ++k) out[k % 4 * 16 + k / 4] = x[k];
   }
-  using Part = int32_t;
-  static constexpr int64_t kParts = kLanes, kRun = 8;
+  static constexpr int64_t kRun = 8;
+  static constexpr bool kLessZero = true;
 
-  template <int R, int M>
-  [[gnu::always_inline]] static void products(const Segment* of_output, const X* x, int64_t stride, int64_t blocks, const Part* of_x, int64_t of_x_stride,
-                       Sum (*sums)[M]) {
+  template <int R, int M, int B>
+  static void products(
+      const Segment* of_output, const X* x, int64_t stride, int64_t any, const int32_t* of_x, int64_t of_x_stride,
+      Sum (*sums)[M]) {
+    const int64_t blocks = B ? B : any;
     __m256i flip[R], of[R][M];
     for (int r = 0; r < R; ++r) flip[r] = _mm256_set1_epi8(char(of_output[r].flip));
     for (int r = 0; r < R; ++r)
@@ -265,7 +268,7 @@ struct WordsOfNibbles {
     }
     for (int r = 0; r < R; ++r)
       for (int m = 0; m < M; ++m)
-        sums[r][m] = _mm256_add_epi32(of[r][m], minus_zero_times(of_output[r].zero, integers(of_x + m * of_x_stride)));
+        sums[r][m] = plus(of[r][m], minus_zero_times(of_output[r].zero, of_x + m * of_x_stride));
   }
 };
 
@@ -276,12 +279,14 @@ struct Widened {
   static constexpr float kSteps = kLargest;
   using Sum = Integers;
   static void place(const int16_t* x, X* out) { std::copy(x, x + kBlock, out); }
-  using Part = int32_t;
-  static constexpr int64_t kParts = kLanes, kRun = 2;
+  static constexpr int64_t kRun = 2;
+  static constexpr bool kLessZero = true;
 
-  template <int R, int M>
-  [[gnu::always_inline]] static void products(const Segment* of_output, const X* x, int64_t stride, int64_t blocks, const Part* of_x, int64_t of_x_stride,
-                       Sum (*sums)[M]) {
+  template <int R, int M, int B>
+  static void products(
+      const Segment* of_output, const X* x, int64_t stride, int64_t any, const int32_t* of_x, int64_t of_x_stride,
+      Sum (*sums)[M]) {
+    const int64_t blocks = B ? B : any;
     __m256i of[R][M];
     for (int r = 0; r < R; ++r)
       for (int m = 0; m < M; ++m) of[r][m] = _mm256_setzero_si256();
@@ -296,7 +301,7 @@ struct Widened {
     }
     for (int r = 0; r < R; ++r)
       for (int m = 0; m < M; ++m)
-        sums[r][m] = _mm256_add_epi32(of[r][m], minus_zero_times(of_output[r].zero, integers(of_x + m * of_x_stride)));
+        sums[r][m] = plus(of[r][m], minus_zero_times(of_output[r].zero, of_x + m * of_x_stride));
   }
 };
 

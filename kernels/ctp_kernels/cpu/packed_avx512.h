@@ -24,6 +24,7 @@ inline Lanes times_plus(Lanes a, Lanes b, Lanes c) { return _mm512_fmadd_ps(a, b
 inline float sum(Lanes x) { return _mm512_reduce_add_ps(x); }
 
 using Integers = __m512i;
+inline Integers plus(Integers a, Integers b) { return _mm512_add_epi32(a, b); }
 inline Lanes numbers(Integers x) { return _mm512_cvtepi32_ps(x); }
 inline Lanes numbers(Lanes x) { return x; }
 inline Integers minus_zero_times(uint8_t zero, const int32_t* of_x) {
@@ -70,13 +71,14 @@ struct Floats {
   using X = float;
   static constexpr float kSteps = 0;  // x is as it is
   using Sum = Lanes;
-  using Part = int32_t;
-  static constexpr int64_t kParts = 0;
+  static constexpr bool kLessZero = true;
   static void place(const float* x, X* out) { std::memcpy(out, x, kBlock * sizeof(X)); }
 
-  template <int R, int M>
-  [[gnu::always_inline]] static void products(const Segment* of_output, const X* x, int64_t stride, int64_t blocks, const Part*, int64_t,
-                       Sum (*sums)[M]) {
+  template <int R, int M, int B>
+  static void products(
+      const Segment* of_output, const X* x, int64_t stride, int64_t any, const int32_t*, int64_t,
+      Sum (*sums)[M]) {
+    const int64_t blocks = B ? B : any;
     constexpr int kChains = M == 1 ? 4 : 1;  // a sum waits for itself, so one row takes several
     Lanes of[R][M][kChains];
     for (int r = 0; r < R; ++r)
@@ -109,12 +111,14 @@ struct Bytes {
   static constexpr float kSteps = 127;
   using Sum = Integers;
   static void place(const int16_t* x, X* out) { std::copy(x, x + kBlock, out); }
-  using Part = int32_t;
-  static constexpr int64_t kParts = kLanes, kRun = 4;  // neighbouring inputs of a lane
+  static constexpr bool kLessZero = true;
+  static constexpr int64_t kRun = 4;  // neighbouring inputs of a lane
 
-  template <int R, int M>
-  [[gnu::always_inline]] static void products(const Segment* of_output, const X* x, int64_t stride, int64_t blocks, const Part* of_x, int64_t of_x_stride,
-                       Sum (*sums)[M]) {
+  template <int R, int M, int B>
+  static void products(
+      const Segment* of_output, const X* x, int64_t stride, int64_t any, const int32_t* of_x, int64_t of_x_stride,
+      Sum (*sums)[M]) {
+    const int64_t blocks = B ? B : any;
     __m512i of[R][M];
     for (int r = 0; r < R; ++r)
       for (int m = 0; m < M; ++m) of[r][m] = minus_zero_times(of_output[r].zero, of_x + m * of_x_stride);
@@ -136,12 +140,14 @@ struct Words {
   static constexpr float kSteps = 32767;
   using Sum = Integers;
   static void place(const int16_t* x, X* out) { std::copy(x, x + kBlock, out); }
-  using Part = int32_t;
-  static constexpr int64_t kParts = kLanes, kRun = 2;
+  static constexpr bool kLessZero = true;
+  static constexpr int64_t kRun = 2;
 
-  template <int R, int M>
-  [[gnu::always_inline]] static void products(const Segment* of_output, const X* x, int64_t stride, int64_t blocks, const Part* of_x, int64_t of_x_stride,
-                       Sum (*sums)[M]) {
+  template <int R, int M, int B>
+  static void products(
+      const Segment* of_output, const X* x, int64_t stride, int64_t any, const int32_t* of_x, int64_t of_x_stride,
+      Sum (*sums)[M]) {
+    const int64_t blocks = B ? B : any;
     __m512i of[R][M];
     for (int r = 0; r < R; ++r)
       for (int m = 0; m < M; ++m) of[r][m] = minus_zero_times(of_output[r].zero, of_x + m * of_x_stride);
