@@ -36,7 +36,7 @@ GPU_BYTES_PER_S = {"A100": 2.0e12, "H100": 3.35e12, "RTX 4090": 1.0e12}
 _SAMPLE_S = 2e-3
 """A sample is as many products as take about this long, one at least; on GPUs one with each copy at least."""
 _QUIET_S = 0.05
-"""Before a sample on a CPU: threads of the product before, OpenMP's or ONNX Runtime's, have then stopped to spin."""
+"""Before a sample with several threads: those of the product before, OpenMP's or ONNX Runtime's, spin for a while."""
 _MOST_COPIES = 256
 _COPIED_BYTES = 1 << 26
 _CACHE_BYTES = 1 << 26
@@ -123,7 +123,7 @@ class _Product:
 
     def sample_s(self, x_MK: Tensor, repeats: int) -> float:
         """Seconds per product, over `repeats` of them."""
-        if x_MK.device.type == "cpu":
+        if x_MK.device.type == "cpu" and torch.get_num_threads() > 1:
             time.sleep(_QUIET_S)
             self._repeat(x_MK, 1)  # its own threads are awake then
         start, end = _clock(x_MK.device)

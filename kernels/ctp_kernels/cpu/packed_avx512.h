@@ -24,7 +24,6 @@ inline Lanes times_plus(Lanes a, Lanes b, Lanes c) { return _mm512_fmadd_ps(a, b
 inline float sum(Lanes x) { return _mm512_reduce_add_ps(x); }
 
 using Integers = __m512i;
-inline Integers plus(Integers a, Integers b) { return _mm512_add_epi32(a, b); }
 inline Lanes numbers(Integers x) { return _mm512_cvtepi32_ps(x); }
 inline Lanes numbers(Lanes x) { return x; }
 inline Integers minus_zero_times(uint8_t zero, const int32_t* of_x) {
