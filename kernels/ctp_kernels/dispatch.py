@@ -19,6 +19,7 @@ gives back the stored form to the last bit, so the two never take memory at the 
 M=rows (batch x tokens) N=outputs K=inputs G=groups
 """
 
+from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -133,12 +134,13 @@ class Weight:
         self._own: _Own | None = None
         self._layer: PackedLayer | None = None  # of the tensors in `_parts`, or `_own` itself
         self._g_idx = parts.g_idx
-        self._ways: dict[tuple[torch.dtype, int], str] = {}
+        self._ways: dict[tuple[torch.dtype, int], str] = {}  # by the number of bounds below the rows of x
         self._refused: dict[str, str] = {}
         self._starts_N = _checked_starts(parts)
         self._about = _moved(parts, torch.device("meta"))
         if dense_codes and parts.mask is not None:
             self._mask, self._about = parts.mask.cpu(), densified.described(self._about)
+        self._bounds = sorted((0, _FEW_ROWS, _SOME_ROWS, _most_rows(self._about)))
         self.outputs, self.inputs, self.device = parts.outputs, self._about.inputs, parts.codes.device
         if parts.g_idx is not None and (refusal := _unequal_groups(parts)):
             self._refused = {TRITON: refusal, TRITON_DENSE: refusal}
@@ -202,8 +204,7 @@ class Weight:
 
     def form_for(self, dtype: torch.dtype, rows: int) -> "_Own | None":
         """The form that the chosen way wants, made if need be; None for dense weights."""
-        bounds = (0, _FEW_ROWS, _SOME_ROWS, _most_rows(self._about))
-        kind = (dtype, sum(rows > bound for bound in bounds))
+        kind = (dtype, bisect_left(self._bounds, rows))
         way = self._ways.get(kind)
         if way is None:
             way = self._ways[kind] = self.explain(dtype, rows).way
@@ -231,8 +232,9 @@ class Weight:
 
 def _multiplied(x: Tensor, weight: Weight) -> Tensor:
     x_MK = x.reshape(-1, weight.inputs)
-    form = weight.form_for(x.dtype, len(x_MK))
-    if isinstance(form, layouts.PackedWeight) and len(x_MK) <= _most_rows(weight._about):
+    rows = x_MK.shape[0]
+    form = weight.form_for(x.dtype, rows)
+    if isinstance(form, layouts.PackedWeight) and rows <= _most_rows(weight._about):
         y_MN = ops.matmul(x_MK, form)
     elif isinstance(form, PackedLayer):
         y_MN = _packed_product(x.dtype, weight.int8_activations)(x_MK, form).to(x.dtype)

@@ -179,15 +179,16 @@ def _product(x_MK: Tensor, layer: PackedLayer, width: int) -> Tensor:
     if layer.order is not None:
         x_MK = x_MK[:, layer.order]
     x_MK = x_MK.float().contiguous()
-    y_MN = torch.empty(len(x_MK), outputs)
+    rows = x_MK.shape[0]  # `len` of a tensor takes microseconds
+    y_MN = torch.empty(rows, outputs)
     tensors = (parts.codes, parts.mask, layer.starts_N, parts.scales, parts.zeros)
     failed = library.packed_product(
         *(None if x is None else x.data_ptr() for x in tensors),
         *layer._numbers,
-        *(x_MK.data_ptr(), len(x_MK), width, y_MN.data_ptr(), torch.get_num_threads()),
+        *(x_MK.data_ptr(), rows, width, y_MN.data_ptr(), torch.get_num_threads()),
     )
     if failed:
-        raise MemoryError(f"no memory for a product of {len(x_MK)} rows of {inputs} inputs")
+        raise MemoryError(f"no memory for a product of {rows} rows of {inputs} inputs")
     return y_MN
 
 
