@@ -237,7 +237,9 @@ def test_the_teacher_is_asked_once_and_its_answers_are_gone_afterwards(
 ) -> None:
     asked = []
     likeliest = Scorer.likeliest
-    monkeypatch.setattr(Scorer, "likeliest", lambda self, ids, k: asked.append(len(ids)) or likeliest(self, ids, k))
+    monkeypatch.setattr(
+        Scorer, "likeliest", lambda self, ids, k, **more: asked.append(len(ids)) or likeliest(self, ids, k, **more)
+    )
     changes = {"teacher": str(trained), "teacher_tokens": 8}
     whole = run(compressed, tmp_path / "whole", **changes)
     assert asked == [4] * 12 and {p.name for p in (tmp_path / "whole").iterdir()} == {
