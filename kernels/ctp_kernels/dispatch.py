@@ -96,7 +96,7 @@ def prepare(parts: PackedParts, *, int8_activations: bool = False, dense_codes: 
 
     Shapes, dtypes: as `reference.PackedParts` has them, all tensors on one device.
     int8_activations: x may be rounded to 8 bits, which is faster and costs 6e-3 of y and more (`packed.product_int8`).
-        It is where there is a kernel for it; larger batches, gradients and GPUs compute as without.
+        It is where there is a kernel for it; larger batches, gradients' own products and GPUs compute as without.
     dense_codes: multiply with a code for every weight, also for those that a mask leaves out. The same products, faster
         where decoding and not memory is what takes the time (docs/kernels.md), for 1 / density times the codes; the
         mask stays in main memory, for `Weight.stored`.
@@ -215,9 +215,9 @@ class Weight:
         if isinstance(made, wanted):
             return made
         parts = self.restore()
-        if self._mask is not None:
-            parts = densified.without_mask(parts)
         try:
+            if self._mask is not None:
+                parts = densified.without_mask(parts)
             made = wanted.of(parts) if wanted is not layouts.PackedWeight else layouts.from_parts(parts)
         except ValueError as refusal:  # what shapes alone do not show
             self._refused |= {other: str(refusal) for other, form in _FORMS.items() if form is wanted}

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ctp_kernels.cpu.build import AVX2_F16C, AVX512_VNNI, load
-from ctp_kernels.ragged import pack_bits, pack_kept, unpack_bits, unpack_kept
+from ctp_kernels.ragged import bits_set, pack_bits, pack_kept, row_starts, unpack_bits, unpack_kept
 from ctp_kernels.reference import PackedParts
 
 BITS = (2, 3, 4, 8)
@@ -28,8 +28,6 @@ _SEGMENT, _SHORT, _LONGEST = 128, 48, 2048
 or are one segment, of no more inputs than 32-bit sums hold. Each is padded to a multiple of 64."""
 _DENSE, _HALF, _BITMAP = range(3)
 _NEEDS = "products with packed layers need a processor with AVX2 and a C++ compiler"
-_STORED = torch.tensor([byte.bit_count() for byte in range(256)], dtype=torch.uint8)
-"""Weights that a byte of a mask stores."""
 
 
 @dataclass(frozen=True)
@@ -72,9 +70,7 @@ class PackedLayer:
         if mask_NB is None:
             starts_N = torch.arange(parts.outputs + 1) * (parts.inputs * parts.bits // 8)
         else:
-            kept_NB = _STORED[mask_NB.int()]
-            lengths_N = (kept_NB.sum(1, dtype=torch.int64) * parts.bits + 7) // 8
-            starts_N = torch.cat([lengths_N.new_zeros(1), lengths_N.cumsum(0)])
+            starts_N, kept_NB = row_starts(mask_NB, parts.bits), bits_set(mask_NB)
             halves = parts.bits != 8 and _segment(parts) % 16 == 0
             halves = halves and bool((kept_NB[:, ::2] + kept_NB[:, 1::2] == 8).all())
             kind = _HALF if halves else _BITMAP

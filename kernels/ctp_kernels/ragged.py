@@ -36,9 +36,14 @@ def row_starts(mask_OB: Tensor, bits: int) -> Tensor:
 
     Shapes: mask_OB (O, I / 8) uint8, as `pack_bits` makes it.
     """
+    return _starts(bits_set(mask_OB).sum(1), bits)
+
+
+def bits_set(mask_OB: Tensor) -> Tensor:
+    """How many bits of each byte are set, uint8."""
     ones = mask_OB - (mask_OB >> 1 & 0x55)  # of every two bits, then four, then eight: without a bool for each bit
     ones = (ones & 0x33) + (ones >> 2 & 0x33)
-    return _starts((ones + (ones >> 4) & 15).sum(1), bits)
+    return ones + (ones >> 4) & 15
 
 
 def pack_kept(codes_OI: Tensor, keep_OI: Tensor, bits: int) -> Tensor:

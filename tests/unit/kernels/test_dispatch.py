@@ -117,6 +117,16 @@ def test_a_mask_can_give_way_to_dense_codes_and_comes_back(
     assert same_bits(weight.restore(), parts) and weight.form is None
 
 
+@pytest.mark.skipif(not dispatch.packed.available(), reason="there is no AVX2, or no C++ compiler")
+def test_zero_points_that_no_code_reaches_are_left_to_dense_weights() -> None:
+    parts = layer("bitmap", symmetric=False)
+    parts = replace(parts, zeros=torch.full_like(parts.scales, 200, dtype=torch.uint8))
+    x = torch.randn(3, 256, generator=torch.Generator().manual_seed(0))
+    weight = dispatch.prepare(parts, dense_codes=True)
+    assert distance(dispatch.matmul(x, weight), reference.matmul(x.double(), parts)) < 1e-6
+    assert "zero points of up to 200" in weight.explain(torch.float32, 3).others["packed"]
+
+
 @needs_avx2
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("capability", ["as it is", "default"])
