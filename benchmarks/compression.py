@@ -1,10 +1,11 @@
 """Compression by ctp, by its peers and by the published code: time, memory and perplexity, side by side.
 
-    python benchmarks/compression.py DATA_FOLDER [--rounds 3] [--windows 64] [--only ctp,gptqmodel]
+    python benchmarks/compression.py DATA_FOLDER [--rounds 3] [--windows 64] [--only "ctp;GPTQModel"]
         [--eval-windows 48] [--peers-dtype float32] [--gptq-clone DIR] [--sparsegpt-clone DIR]
 
 Same model (SmolLM2-135M, bfloat16), same windows of 1024 tokens of c4.train.jsonl, same settings as far as a peer has
 them; each in a process and an environment of its own, in turn, so that a machine that slows down slows all of them.
+"Scales tuned" sees no other windows: it calibrates on two thirds of them, and tunes on the rest.
 Whole time is the process from start to end. Perplexity is ctp's evaluator on at most 48 windows of WikiText-2 and PTB.
 GPTQModel and llm-compressor compute in bfloat16 where PyTorch has fast products for it, and else in float32, which is
 several times as fast there: each gets what its user would choose.
@@ -58,16 +59,22 @@ def environment(name: str) -> str:
 
 def competitors(data: Path, dtype: str, gptq: Path | None, sparsegpt: Path | None) -> list[Competitor]:
     ours = (sys.executable, "-m", "ctp_cli", "compress", "{model}", "--calibration", str(data / "c4.train.jsonl"))
-    ours += ("--windows", "{count}", "-q", "-o", "{out}")
+    ours += ("-q", "-o", "{out}", "--windows")
     bits, peers = ("--bits", "4", "--group-size", "64"), HERE / "peers"
     found = [
-        Competitor(GPTQ, "ctp", (*ours, *bits, "--asymmetric", "--act-order", "static")),
+        Competitor(GPTQ, "ctp", (*ours, "{count}", *bits, "--asymmetric", "--act-order", "static")),
+        Competitor(
+            GPTQ,
+            "ctp, scales tuned",
+            (*ours, "{fitted}", *bits, "--asymmetric", "--act-order", "static", "--tune", "scales")
+            + ("--tune-windows", "{tuned}"),
+        ),
         Competitor(
             GPTQ,
             "GPTQModel",
             ("gptqmodel", str(peers / "with_gptqmodel.py"), "{model}", "{windows}", "{out}", "--dtype", dtype, *bits),
         ),
-        Competitor(SPARSE, "ctp", (*ours, "--sparsity", "0.5")),
+        Competitor(SPARSE, "ctp", (*ours, "{count}", "--sparsity", "0.5")),
     ]
     compressor = ("llmcompressor", str(peers / "with_llmcompressor.py"), "{model}", "{windows}", "{out}")
     compressor += ("--dtype", dtype, "--method")
@@ -107,7 +114,7 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--windows", type=int, default=64)
-    parser.add_argument("--only", default="", help="names of competitors, separated by commas")
+    parser.add_argument("--only", default="", help="names of competitors, separated by semicolons")
     parser.add_argument("--method", default="", help="part of a method's name")
     parser.add_argument("--eval-windows", type=int, default=48)
     slow = is_slow(torch.empty(0, dtype=torch.bfloat16))
@@ -115,7 +122,7 @@ def main() -> None:
     parser.add_argument("--gptq-clone", type=Path)
     parser.add_argument("--sparsegpt-clone", type=Path)
     given = parser.parse_args()
-    wanted = set(filter(None, given.only.split(",")))
+    wanted = set(filter(None, given.only.split(";")))
     taking_part = [
         c
         for c in competitors(given.data, given.peers_dtype, given.gptq_clone, given.sparsegpt_clone)
@@ -137,6 +144,7 @@ def main() -> None:
             for competitor in taking_part:
                 filled = {"model": str(model.path), "windows": str(scratch / "windows.safetensors")}
                 filled |= {"out": str(scratch / "out"), "count": str(given.windows)}
+                filled |= {"fitted": str(given.windows - given.windows // 3), "tuned": str(given.windows // 3)}
                 measured = run(competitor, filled, scratch / "errors.txt")
                 runs[competitor].append(measured)
                 print(
