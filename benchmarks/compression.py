@@ -60,14 +60,13 @@ def environment(name: str) -> str:
 def competitors(data: Path, dtype: str, gptq: Path | None, sparsegpt: Path | None) -> list[Competitor]:
     ours = (sys.executable, "-m", "ctp_cli", "compress", "{model}", "--calibration", str(data / "c4.train.jsonl"))
     ours += ("-q", "-o", "{out}", "--windows")
-    bits, peers = ("--bits", "4", "--group-size", "64"), HERE / "peers"
+    bits, free, peers = ("--bits", "4", "--group-size", "64"), ("--asymmetric", "--act-order", "static"), HERE / "peers"
     found = [
-        Competitor(GPTQ, "ctp", (*ours, "{count}", *bits, "--asymmetric", "--act-order", "static")),
+        Competitor(GPTQ, "ctp", (*ours, "{count}", *bits, *free)),
         Competitor(
             GPTQ,
             "ctp, scales tuned",
-            (*ours, "{fitted}", *bits, "--asymmetric", "--act-order", "static", "--tune", "scales")
-            + ("--tune-windows", "{tuned}"),
+            (*ours, "{fitted}", *bits, *free, "--tune", "scales", "--tune-windows", "{tuned}"),
         ),
         Competitor(
             GPTQ,
