@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 from ctp_kernels.prefix import cache_keyword, cache_of
+from peers.peak import peak_bytes
 from random_checkpoints import llama_config, write_checkpoint
 from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
@@ -145,11 +146,6 @@ def llama_cpp(given: argparse.Namespace) -> dict[str, float]:
 
 def forget_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak_bytes() -> int:
-    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines() if ":" in line)
-    return int(status["VmHWM"].split()[0]) * 1024
 
 
 if __name__ == "__main__":

@@ -42,8 +42,9 @@ SETTINGS: dict[str, LayerFormat | None] = {
     "ctp": PackedSettings(BITS, GROUP, symmetric=True),
 }
 STITCH = """
-import json, resource, sys, time
+import json, sys, time
 from pathlib import Path
+from ctp_cli.artifact import peak_memory_bytes
 from ctp_cli.recipe import StitchSection
 from ctp_cli.stages.stitch import stitch
 def io():
@@ -60,7 +61,7 @@ print(json.dumps({
     "weights_written": report.written_bytes,
     "linked": report.linked_bytes,
     "mass": report.mass_max,
-    "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    "peak": peak_memory_bytes(),
 }))
 """
 

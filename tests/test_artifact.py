@@ -1,6 +1,9 @@
 """Artifacts: whole or absent, resumed only with the same identity, never overwritten by accident."""
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,6 +27,13 @@ def test_a_finished_artifact_is_there_with_its_manifest_and_nothing_else(tmp_pat
     assert manifest is not None and manifest["identity"] == {"bits": 4} and manifest["files"] == {"data": 5}
     assert manifest["environment"]["torch"] and manifest["peak_memory_bytes"] > 0
     assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["b"]
+
+
+def test_peak_memory_is_that_of_the_process_and_not_of_the_one_that_started_it() -> None:
+    held = bytearray(os.urandom(4096) * 75_000)  # 300 MB, of which every page is resident
+    script = "from ctp_cli.artifact import peak_memory_bytes; print(peak_memory_bytes())"
+    own = int(subprocess.run([sys.executable, "-c", script], check=True, stdout=subprocess.PIPE).stdout)
+    assert 5e6 < own < 200e6 < len(held) < artifact.peak_memory_bytes()
 
 
 def test_nothing_appears_before_it_is_finished(tmp_path: Path) -> None:

@@ -8,12 +8,12 @@ transformers' Trainer. BATCHES is a safetensors file: ids (steps, B, T), start (
 
 import argparse
 import json
-import resource
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from peak import peak_bytes
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -137,8 +137,7 @@ def main() -> None:
     who = {"ctp": ctp, "peft-loop": peft_loop, "peft-trainer": peft_trainer}[given.who]
     network = AutoModelForCausalLM.from_pretrained(given.model, dtype=getattr(torch, given.dtype))
     times, losses = who(network, held["ids"], held["start"])
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    given.out.write_text(json.dumps({"times": times, "losses": losses, "peak_bytes": peak}))
+    given.out.write_text(json.dumps({"times": times, "losses": losses, "peak_bytes": peak_bytes()}))
 
 
 if __name__ == "__main__":

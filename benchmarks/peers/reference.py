@@ -10,7 +10,6 @@ each block for the next one's inputs. Prints one JSON line.
 import argparse
 import contextlib
 import json
-import resource
 import sys
 import time
 from collections.abc import Callable
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peak import peak_bytes
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -98,8 +98,7 @@ def main() -> None:
         hidden = [y[0] if isinstance(y, tuple) else y for y in outputs]
     model.save_pretrained(given.out)
     AutoTokenizer.from_pretrained(given.model).save_pretrained(given.out)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(json.dumps({"solve_seconds": solve_seconds, "peak_bytes": peak}))
+    print(json.dumps({"solve_seconds": solve_seconds, "peak_bytes": peak_bytes()}))
 
 
 if __name__ == "__main__":

@@ -8,12 +8,12 @@ format.
 
 import argparse
 import json
-import resource
 import time
 from pathlib import Path
 
 import torch
 from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
+from peak import peak_bytes
 from safetensors.torch import load_file
 
 
@@ -34,8 +34,7 @@ def main() -> None:
     model.quantize(examples, batch_size=8, backend=BACKEND.GPTQ_TORCH)
     seconds = time.perf_counter() - started
     model.save(str(given.out))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(json.dumps({"solve_seconds": seconds, "peak_bytes": peak}))
+    print(json.dumps({"solve_seconds": seconds, "peak_bytes": peak_bytes()}))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ them.
 
 import argparse
 import json
-import resource
 import time
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from datasets import Dataset
 from llmcompressor import oneshot
 from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.pruning import SparseGPTModifier
+from peak import peak_bytes
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -72,8 +72,7 @@ def main() -> None:
                 names[name].data.copy_(parameter.data)
         plain.save_pretrained(given.out)
     tokenizer.save_pretrained(given.out)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(json.dumps({"solve_seconds": seconds, "peak_bytes": peak}))
+    print(json.dumps({"solve_seconds": seconds, "peak_bytes": peak_bytes()}))
 
 
 if __name__ == "__main__":
