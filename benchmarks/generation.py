@@ -7,8 +7,8 @@ vocabulary of 32,000 (22 blocks of width 2,048), and the same pruned to 50% with
 runs in a process of its own, in turn, so that a machine that slows down slows all of them:
 
 - transformers in bfloat16 and in float32, as it comes;
-- `ctp_kernels.dispatch` on the packed checkpoint, weights packed in memory; with activations rounded to 8 bits, with
-  pruned layers as dense codes, and with both;
+- the packed checkpoint as ctp chooses, and with pruned layers as they are stored, where it makes dense
+  codes of them; both with activations rounded to 8 bits, too;
 - llama.cpp on a GGUF file, where --gguf is given and llama-cpp-python is installed (the embedded model's file is Q4_1).
 
 The time of the tokens after the first counts. Memory is the process's peak resident size after the model was loaded.
@@ -40,12 +40,12 @@ from ctp_cli.models.resolve import resolve_model
 BILLION = {"layers": 22, "hidden": 2048, "wide": 5632, "vocabulary": 32000, "head": 64}
 DTYPES = {"transformers bfloat16": torch.bfloat16, "transformers float32": torch.float32}
 PACKED = {
-    "ctp packed": (),
-    "ctp packed, x in 8 bits": ("CTP_INT8_ACTIVATIONS",),
-    "ctp packed, dense codes": ("CTP_DENSE_CODES",),
-    "ctp packed, dense codes, x in 8 bits": ("CTP_DENSE_CODES", "CTP_INT8_ACTIVATIONS"),
+    "ctp packed": {},
+    "ctp packed, x in 8 bits": {"CTP_INT8_ACTIVATIONS": "1"},
+    "ctp packed, as stored": {"CTP_DENSE_CODES": "0"},
+    "ctp packed, as stored, x in 8 bits": {"CTP_DENSE_CODES": "0", "CTP_INT8_ACTIVATIONS": "1"},
 }
-"""Environment variables that are 1."""
+"""What the environment says."""
 
 
 def main() -> None:
@@ -82,7 +82,7 @@ def compare(given: argparse.Namespace) -> None:
         for name in competitors:
             files = [given.model, given.checkpoint, *(["--gguf", str(given.gguf)] if given.gguf else [])]
             command = [sys.executable, __file__, *files, *sizes, "--one", name]
-            told = os.environ | dict.fromkeys(PACKED.get(name, ()), "1")
+            told = os.environ | PACKED.get(name, {})
             done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=told)
             found[name].append(json.loads(done.stdout.splitlines()[-1]))
             print(f"round {turn + 1}: {name}: {found[name][-1]}", file=sys.stderr, flush=True)
@@ -124,8 +124,8 @@ def measured(given: argparse.Namespace) -> dict[str, float]:
 def check_ways(model: Any, name: str) -> None:
     """Raises RuntimeError if products are not made as the competitor's name says."""
     for layer in (module for module in model.modules() if isinstance(module, PackedLinear)):
-        if (layer.int8_activations, layer.dense_codes) != ("8 bits" in name, "dense codes" in name):
-            raise RuntimeError(f"{name}: int8_activations={layer.int8_activations}, dense_codes={layer.dense_codes}")
+        if layer.int8_activations != ("8 bits" in name) or ("as stored" in name and layer.dense_codes_on):
+            raise RuntimeError(f"{name}: int8_activations={layer.int8_activations}, {layer.dense_codes_on=}")
 
 
 def llama_cpp(given: argparse.Namespace) -> dict[str, float]:

@@ -13,6 +13,28 @@ from ctp_kernels.reference import PackedParts
 from torch import Tensor, nn
 
 from ctp_cli.checkpoints.packed import PackedSettings
+from ctp_cli.memory import fits_comfortably
+
+_DENSE_CODES = "CTP_DENSE_CODES"
+
+
+def prepare_layers(model: nn.Module) -> None:
+    """Make the packed layers of a model that was loaded ready for products.
+
+    Unless CTP_DENSE_CODES says otherwise, pruned layers are multiplied with as dense codes on CPUs for which that pays,
+    if all of them together fit comfortably. Raises ValueError, naming the layer, if its parts do not go together.
+    """
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)}
+    more_bytes: dict[str, int] = {}
+    for name, layer in layers.items():
+        try:
+            more_bytes[name] = layer.prepare().dense_codes_pay()
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+    if not os.environ.get(_DENSE_CODES) and fits_comfortably(sum(more_bytes.values())):
+        for layer in (layers[name] for name, more in more_bytes.items() if more):
+            layer.dense_codes_on = frozenset({"cpu"})
+            layer.prepare()
 
 
 class PackedLinear(nn.Module):
@@ -22,8 +44,9 @@ class PackedLinear(nn.Module):
     their place at the first product, as buffers that are not saved, so that nothing is in memory twice. Saving,
     loading and moving the layer bring the stored parts back first, to the last bit; the next product converts them.
 
-    The environment variable CTP_INT8_ACTIVATIONS=1 lets products on the CPU round activations to 8 bits, and
-    CTP_DENSE_CODES=1 multiplies with a code for every weight of pruned layers: faster, for more memory.
+    The environment variable CTP_INT8_ACTIVATIONS=1 lets products on the CPU round activations to 8 bits.
+    CTP_DENSE_CODES=1 multiplies with a code for every weight of pruned layers, which is faster and takes more memory;
+    0 never does, and without it CPUs do for which that pays, where memory is free (`prepare_layers`).
     """
 
     codes: Tensor | None
@@ -44,26 +67,26 @@ class PackedLinear(nn.Module):
         self.bias = nn.Parameter(torch.empty(out_features, device="meta"), requires_grad=False) if bias else None
         self.int8_activations = os.environ.get("CTP_INT8_ACTIVATIONS") == "1"
         """Whether products on the CPU may round x to 8 bits (`dispatch.prepare`); takes effect with `prepare`."""
-        self.dense_codes = os.environ.get("CTP_DENSE_CODES") == "1"
-        """Whether pruned layers are multiplied with as dense codes, likewise."""
+        self.dense_codes_on = frozenset({"cpu", "cuda"} if os.environ.get(_DENSE_CODES) == "1" else {})
+        """Devices on which pruned layers are multiplied with as dense codes, likewise."""
         self._weight: dispatch.Weight | None = None
         self._form: object | None = None
 
-    def prepare(self) -> None:
+    def prepare(self) -> dispatch.Weight:
         """Find where rows begin. Raises ValueError if the parts do not go together."""
         self._restore()
-        assert self.codes is not None and self.scales is not None
-        stored = {name: getattr(self, name) for name in self._names}
+        parts = PackedParts(bits=self.bits, **{name: getattr(self, name) for name in self._names})
         weight = dispatch.prepare(
-            PackedParts(bits=self.bits, **stored),
+            parts,
             int8_activations=self.int8_activations,
-            dense_codes=self.dense_codes,
+            dense_codes=parts.codes.device.type in self.dense_codes_on,
         )
         if (weight.outputs, weight.inputs) != (self.out_features, self.in_features):
             raise ValueError(
                 f"{weight.outputs} x {weight.inputs} weights of a layer of {self.out_features} x {self.in_features}"
             )
         self._weight = weight
+        return weight
 
     def forward(self, x_TI: Tensor) -> Tensor:
         assert self._weight is not None, "prepare() comes first"

@@ -14,7 +14,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ctp_cli.checkpoints.packed import PackedSettings
-from ctp_cli.integration.linear import PackedLinear
+from ctp_cli.integration.linear import PackedLinear, prepare_layers
 
 if not hasattr(HfQuantizer, "update_attn_implementation"):
     raise ImportError("format ctp in transformers needs transformers 5.24 or later")  # the hook that sees the config
@@ -71,12 +71,7 @@ class CtpQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
         if hasattr(model.config, "transformers_weights"):
             del model.config.transformers_weights  # of how it was loaded; it would be saved with the model
-        for name, module in model.named_modules():
-            if isinstance(module, PackedLinear):
-                try:
-                    module.prepare()
-                except ValueError as error:
-                    raise ValueError(f"{name}: {error}") from None
+        prepare_layers(model)
         return model
 
 

@@ -151,7 +151,10 @@ def _load_dequantized(
 
 
 def _load_packed(path: Path, config: Any, form: LayerFormat, dtype: torch.dtype | None) -> tuple[Any, dict[str, Any]]:
-    from ctp_cli.integration.linear import PackedLinear  # which also registers format ctp with transformers
+    from ctp_cli.integration.linear import (
+        PackedLinear,
+        prepare_layers,
+    )  # which also registers format ctp with transformers
 
     skeleton, _ = dense_skeleton(config)
     dtype = dtype or config.dtype or torch.float16
@@ -167,8 +170,8 @@ def _load_packed(path: Path, config: Any, form: LayerFormat, dtype: torch.dtype 
         inputs = linear.weight.numel() // outputs
         packed = PackedLinear(settings, inputs, outputs, parts, bias=False)
         packed.bias = linear.bias
-        packed.prepare()
         model.set_submodule(name, packed)
+    prepare_layers(model)
     return model, info
 
 

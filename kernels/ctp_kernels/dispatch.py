@@ -149,6 +149,19 @@ class Weight:
         """As the function of that name, for this layer where it is."""
         return _choose(self._about, self.device, dtype, rows, self._refused, self.int8_activations)
 
+    def dense_codes_pay(self) -> int:
+        """Bytes that `dense_codes` would add, if it made products faster where the layer is; else 0.
+
+        On CPUs it does where AVX2 decodes (docs/kernels.md has times). AVX-512 VBMI2 expands 64 codes at once, so that
+        reading is what takes the time. GPUs differ too much to say.
+        """
+        parts = self._about
+        if parts.mask is None or self.device.type != "cpu" or not packed.available() or packed.refusal(parts):
+            return 0
+        if "avx512_vbmi2" in cpu_features():
+            return 0
+        return densified.described(parts).codes.numel() - parts.codes.numel()
+
     @property
     def form(self) -> object | None:
         """The form of its own in which a way holds the layer, None while it is as stored."""

@@ -1,16 +1,18 @@
 """`--packed`: quantized checkpoints of every format stay packed in memory, and compute what their dense twins do."""
 
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from ctp_kernels import dispatch
 from safetensors.torch import load_file, save_file
 from tiny_models import VOCAB_SIZE, tiny_model
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from ctp_cli import memory
 from ctp_cli.errors import InputError
 from ctp_cli.integration.linear import PackedLinear
 from ctp_cli.models.loading import load_model
@@ -74,7 +76,30 @@ def test_how_products_are_made_can_be_told_wherever_a_model_comes_from(
     monkeypatch.setenv("CTP_DENSE_CODES", told)
     for model in (load_model(path, packed=True), AutoModelForCausalLM.from_pretrained(path)):
         layers = [module for module in model.modules() if isinstance(module, PackedLinear)]
-        assert {(layer.int8_activations, layer.dense_codes) for layer in layers} == {(told == "1", told == "1")}
+        assert {layer.int8_activations for layer in layers} == {told == "1"}
+        assert {layer.dense_codes_on for layer in layers} == {frozenset({"cpu", "cuda"} if told == "1" else {})}
+
+
+@pytest.mark.parametrize(
+    ("features", "free_share", "dense"),
+    [({"avx2"}, 2.0, True), ({"avx2"}, 1.99, False), ({"avx2", "avx512_vbmi2"}, 1e9, False)],
+)
+def test_pruned_layers_are_multiplied_as_dense_codes_where_that_pays_and_memory_is_free(
+    features: set[str], free_share: float, dense: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = compressed("llama_tied_gqa", tmp_path, sparsity=0.5)
+    for name, found in {"CTP_DENSE_CODES": "", "CTP_INT8_ACTIVATIONS": "0"}.items():
+        monkeypatch.setenv(name, found)
+    monkeypatch.setattr(dispatch, "cpu_features", lambda: frozenset(features))
+    monkeypatch.setattr(dispatch.packed, "available", lambda: True)
+    tensors = {name: tensor for file in path.glob("*.safetensors") for name, tensor in load_file(file).items()}
+    masks = {name: tensor for name, tensor in tensors.items() if name.endswith(".mask")}
+    more = sum(4 * mask.numel() - tensors[name.replace(".mask", ".codes")].numel() for name, mask in masks.items())
+    monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: SimpleNamespace(available=int(more * free_share)))
+    for model in (load_model(path, packed=True), AutoModelForCausalLM.from_pretrained(path)):
+        layers = [module for module in model.modules() if isinstance(module, PackedLinear)]
+        assert len(layers) == len(masks) > 0
+        assert {layer.dense_codes_on for layer in layers} == {frozenset({"cpu"} if dense else {})}
 
 
 def test_a_dense_checkpoint_has_nothing_to_keep_packed(tmp_path: Path) -> None:
