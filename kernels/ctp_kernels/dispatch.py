@@ -155,10 +155,8 @@ class Weight:
         On CPUs it does where AVX2 decodes (docs/kernels.md has times). AVX-512 VBMI2 expands 64 codes at once, so that
         reading is what takes the time. GPUs differ too much to say.
         """
-        parts = self._about
-        if parts.mask is None or self.device.type != "cpu" or not packed.available() or packed.refusal(parts):
-            return 0
-        if "avx512_vbmi2" in cpu_features():
+        parts, decoding = self._about, self.explain(torch.float32, 1).way in (PACKED, PACKED_INT8)
+        if parts.mask is None or not decoding or "avx512_vbmi2" in cpu_features():
             return 0
         return densified.described(parts).codes.numel() - parts.codes.numel()
 

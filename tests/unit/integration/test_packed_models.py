@@ -177,6 +177,7 @@ def test_pruned_layers_decode_in_registers_and_with_8_bits_where_told(
     path = compressed("llama_tied_gqa", tmp_path, sparsity=0.5, act_order=act_order)
     wanted, one = load_model(path, dtype=torch.float32), ids()[:1, :5]
     ways = []
+    monkeypatch.setenv("CTP_DENSE_CODES", "0")
     monkeypatch.setattr(dispatch, "_multiplied", noted(dispatch._multiplied, ways))
     errors = []
     for told in ("0", "1"):
