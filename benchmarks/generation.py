@@ -1,6 +1,7 @@
 """Tokens per second of a whole model, packed against dense, one sequence, greedy.
 
     python benchmarks/generation.py [MODEL CHECKPOINT] [--rounds 3] [--new-tokens 32] [--context 32] [--gguf FILE]
+        [--only "ctp packed;ctp packed, x in 8 bits"]
 
 MODEL is dense, CHECKPOINT a quantized one of it. Without them: LLaMA's architecture with a billion random weights and a
 vocabulary of 32,000 (22 blocks of width 2,048), and the same pruned to 50% with 4 bits in format ctp. Each competitor
@@ -55,6 +56,7 @@ def main() -> None:
     for name, default in {"rounds": 3, "new-tokens": 32, "context": 32}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--gguf", type=Path)
+    parser.add_argument("--only", default="", help="names of competitors, separated by semicolons")
     parser.add_argument("--one", help=argparse.SUPPRESS)  # this process is that competitor
     given = parser.parse_args()
     if given.one:
@@ -75,7 +77,8 @@ def random_pair(folder: Path) -> tuple[str, str]:
 
 
 def compare(given: argparse.Namespace) -> None:
-    competitors = [*DTYPES, *PACKED, *(["llama.cpp"] if given.gguf else [])]
+    wanted = given.only.split(";") if given.only else [*DTYPES, *PACKED, *(["llama.cpp"] if given.gguf else [])]
+    competitors = ["transformers bfloat16", *(name for name in wanted if name != "transformers bfloat16")]
     found: dict[str, list[dict[str, float]]] = {name: [] for name in competitors}
     sizes = ["--new-tokens", str(given.new_tokens), "--context", str(given.context)]
     for turn in range(given.rounds):
