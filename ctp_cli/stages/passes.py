@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from ctp_kernels.arithmetic import fast_arithmetic
+from ctp_kernels.arithmetic import fast_arithmetic, is_slow
 from ctp_kernels.memory import keep_freed_memory, keep_no_freed_memory
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -21,6 +21,7 @@ from ctp_cli.compression.solver import SolverRule
 from ctp_cli.compression.tuning import Tuned, tune
 from ctp_cli.errors import SolverError
 from ctp_cli.files import read_json, write_json
+from ctp_cli.memory import fits_comfortably
 from ctp_cli.models.activations import Activations, Tensors
 from ctp_cli.models.blocks import (
     Block,
@@ -149,16 +150,27 @@ class Passes:
         return read_json(record)
 
     def _tune(self, what: Literal["scales", "weights"], ids_NT: Tensor) -> Tuned:
+        full_model = load_model(self.original, device=str(ids_NT.device))
         return tune(
             self.network,
-            load_model(self.original, device=str(ids_NT.device)),
+            full_model,
             self.blocks,
             ids_NT,
             what=what,
             group_size=self.job.tuned_group_size(self.blocks),
             learning_rate=self.job.section.tune_learning_rate,
+            in_float32=self._wider_is_faster(what),
             progress=self.progress,
         )
+
+    def _wider_is_faster(self, what: Literal["scales", "weights"]) -> bool:
+        """Whether these weights are slow to multiply as they are, and both models fit comfortably in float32."""
+        parameters = list(self.network.parameters())
+        if not any(is_slow(parameter) for parameter in parameters):
+            return False
+        held = sum((4 + 2) * parameter.numel() for parameter in parameters)
+        changes = 20 * sum(layer.weight_OI.numel() for block in self.blocks for layer in block.layers)
+        return fits_comfortably(held + (changes if what == "weights" else 0))
 
     def _pass(
         self, folder: Path, rule: SolverRule, settings: LayerFormat | None, ids_NT: Tensor
@@ -250,6 +262,7 @@ def _tuning_row(what: str, tuned: Tuned, ids_NT: Tensor) -> dict[str, Any]:
         "windows": ids_NT.shape[0],
         "first_divergence": tuned.first_divergence,
         "last_divergence": tuned.last_divergence,
+        "in_float32": tuned.in_float32,
     }
 
 
