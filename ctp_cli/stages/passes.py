@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from ctp_kernels.arithmetic import fast_arithmetic, is_slow
+from ctp_kernels.arithmetic import fast_arithmetic
 from ctp_kernels.memory import keep_freed_memory, keep_no_freed_memory
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -21,7 +21,6 @@ from ctp_cli.compression.solver import SolverRule
 from ctp_cli.compression.tuning import Tuned, tune
 from ctp_cli.errors import SolverError
 from ctp_cli.files import read_json, write_json
-from ctp_cli.memory import fits_comfortably
 from ctp_cli.models.activations import Activations, Tensors
 from ctp_cli.models.blocks import (
     Block,
@@ -37,7 +36,7 @@ from ctp_cli.models.loading import load_model
 from ctp_cli.models.processes import Processes
 from ctp_cli.models.streaming import BlockStream, WholeModel
 from ctp_cli.progress import Progress
-from ctp_cli.stages.estimate import ALLOCATION_WINDOWS, BATCH_TOKENS
+from ctp_cli.stages.estimate import ALLOCATION_WINDOWS, BATCH_TOKENS, tuning_memory
 from ctp_cli.stages.plan import Job
 
 _TUNED = "tuned.json"
@@ -150,27 +149,21 @@ class Passes:
         return read_json(record)
 
     def _tune(self, what: Literal["scales", "weights"], ids_NT: Tensor) -> Tuned:
-        full_model = load_model(self.original, device=str(ids_NT.device))
+        device = str(ids_NT.device)
+        linear = sum(layer.weight_OI.numel() for block in self.blocks for layer in block.layers)
+        parameters = writer.parameter_count(self.network)
+        _, in_float32 = tuning_memory(self.job.section, parameters, linear, self.network.dtype, device)
         return tune(
             self.network,
-            full_model,
+            load_model(self.original, device=device),
             self.blocks,
             ids_NT,
             what=what,
             group_size=self.job.tuned_group_size(self.blocks),
             learning_rate=self.job.section.tune_learning_rate,
-            in_float32=self._wider_is_faster(what),
+            in_float32=in_float32,
             progress=self.progress,
         )
-
-    def _wider_is_faster(self, what: Literal["scales", "weights"]) -> bool:
-        """Whether these weights are slow to multiply as they are, and both models fit comfortably in float32."""
-        parameters = list(self.network.parameters())
-        if not any(is_slow(parameter) for parameter in parameters):
-            return False
-        held = sum((4 + 2) * parameter.numel() for parameter in parameters)
-        changes = 20 * sum(layer.weight_OI.numel() for block in self.blocks for layer in block.layers)
-        return fits_comfortably(held + (changes if what == "weights" else 0))
 
     def _pass(
         self, folder: Path, rule: SolverRule, settings: LayerFormat | None, ids_NT: Tensor
