@@ -21,7 +21,7 @@ LAYERS = [
     {"prompts", "evaluation", "benchmark", "checkpoints", "compression", "integration"},
     {"models", "data"},
 ]
-ANYWHERE = {"errors", "progress", "files", "__init__"}
+ANYWHERE = {"errors", "progress", "files", "memory", "__init__"}
 UPPER_ONLY = {"recipe": {"commands", "runner", "stages"}, "artifact": {"commands", "runner", "stages"}}
 SAME_LAYER = {  # who may use whom among equals
     "checkpoints": {"compression"},

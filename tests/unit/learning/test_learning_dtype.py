@@ -11,6 +11,7 @@ from accelerate.state import AcceleratorState
 from learning_runs import Listening, StopAfter, run
 from tiny_models import tiny_model
 
+from ctp_cli import memory
 from ctp_cli.errors import OutputError
 from ctp_cli.models import precision
 from ctp_cli.prompts.file import load_prompt
@@ -26,7 +27,7 @@ def processor(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """One without 16-bit products and with as much free memory as the test says."""
     it = SimpleNamespace(available=1 << 30, slow=True)
     monkeypatch.setattr(precision, "is_slow", lambda x: it.slow and x.dtype != torch.float32)
-    monkeypatch.setattr(precision.psutil, "virtual_memory", lambda: it)
+    monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: it)
     return it
 
 
