@@ -5,7 +5,7 @@
 
 Same model (SmolLM2-135M, bfloat16), same windows of 1024 tokens of c4.train.jsonl, same settings as far as a peer has
 them; each in a process and an environment of its own, in turn, so that a machine that slows down slows all of them.
-"Scales tuned" sees no other windows: it calibrates on two thirds of them, and tunes on the rest.
+"Scales tuned" sees no other windows: it calibrates on three quarters of them, and tunes on the rest.
 Whole time is the process from start to end. Perplexity is ctp's evaluator on at most 48 windows of WikiText-2 and PTB.
 GPTQModel and llm-compressor compute in bfloat16 where PyTorch has fast products for it, and else in float32, which is
 several times as fast there: each gets what its user would choose.
@@ -143,7 +143,7 @@ def main() -> None:
             for competitor in taking_part:
                 filled = {"model": str(model.path), "windows": str(scratch / "windows.safetensors")}
                 filled |= {"out": str(scratch / "out"), "count": str(given.windows)}
-                filled |= {"fitted": str(given.windows - given.windows // 3), "tuned": str(given.windows // 3)}
+                filled |= {"fitted": str(given.windows - given.windows // 4), "tuned": str(given.windows // 4)}
                 measured = run(competitor, filled, scratch / "errors.txt")
                 runs[competitor].append(measured)
                 print(
