@@ -40,7 +40,6 @@ class Tuned:
     first_divergence: float
     last_divergence: float
     """KL from the full model in nats per token: of the first sequence, and the mean of the last eighth."""
-    in_float32: bool
 
 
 class _Scaled(nn.Module):
@@ -97,7 +96,6 @@ def tune(
     what: Literal["scales", "weights"],
     group_size: int | None = None,
     learning_rate: float,
-    in_float32: bool = False,
     progress: Progress = SILENT,
 ) -> Tuned:
     """Bring the model's predictions closer to the full model's, one sequence after the other, in place.
@@ -105,13 +103,11 @@ def tune(
     Shapes: ids_NT (N, T), one step of AdamW per window, or per 512 tokens of it where those divide it; each seen once.
     Units: group_size in inputs, None for one group per output. The learning rate is relative to scales, to a layer's
         root mean square weight, and absolute for norms and biases; it rises over 5% of the steps and falls as a cosine.
-    in_float32: hold 16-bit parameters of both models in float32 meanwhile. The full model's stay so.
     Memory: `scales` adds little to the two models and one window's activations; `weights` 20 bytes per weight.
     Raises: SolverError if the divergence stops being finite.
     """
     for parameter in (*model.parameters(), *full_model.parameters()):
         parameter.requires_grad_(False)
-    stored = _widen(model, full_model) if in_float32 else {}
     scorer, full = Scorer(model), Scorer(full_model)
     scaled: dict[str, _Scaled] = {}
     tuned: list[tuple[nn.Module, str, _Scaled | _Moved | _Shifted]] = []
@@ -131,20 +127,9 @@ def tune(
     finally:
         for owner, name, _ in tuned:
             parametrize.remove_parametrizations(owner, name, leave_parametrized=True)
-        for name, parameter in model.named_parameters():
-            parameter.data = parameter.data.to(stored.get(name, parameter.dtype))
     last = divergences[-max(1, len(divergences) // 8) :]
     factors = {name: scaling.factors_OG().detach() for name, scaling in scaled.items()}
-    return Tuned(factors, divergences[0], sum(last) / len(last), in_float32)
-
-
-def _widen(model: PreTrainedModel, full_model: PreTrainedModel) -> dict[str, torch.dtype]:
-    """Make 16-bit parameters float32. The types of the first model's, by name, before that."""
-    stored = {name: parameter.dtype for name, parameter in model.named_parameters()}
-    for parameter in (*model.parameters(), *full_model.parameters()):
-        if parameter.dtype.itemsize == 2:
-            parameter.data = parameter.data.float()
-    return stored
+    return Tuned(factors, divergences[0], sum(last) / len(last))
 
 
 def _vectors(model: PreTrainedModel) -> list[tuple[nn.Module, str, Tensor]]:

@@ -10,17 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from ctp_kernels.arithmetic import fast_arithmetic, is_slow
+from ctp_kernels.arithmetic import fast_arithmetic
 from torch.nn import functional
 from transformers import PreTrainedModel
 
 from ctp_cli.checkpoints import writer
 from ctp_cli.compression.alternating import PART
 from ctp_cli.errors import RecipeError
-from ctp_cli.memory import fits_comfortably
 from ctp_cli.models.activations import IN_MEMORY, Activations
 from ctp_cli.models.blocks import Block
-from ctp_cli.recipe import CompressSection
 from ctp_cli.stages.plan import Job
 
 PROCESS_BYTES = 400_000_000
@@ -72,22 +70,6 @@ class Estimate:
         return forward / _operations_per_second(dtype) + self.solver_operations / _operations_per_second(None) + disk
 
 
-def tuning_memory(
-    section: CompressSection, parameters: int, linear: int, dtype: torch.dtype, device: str
-) -> tuple[int, bool]:
-    """Bytes that tuning holds beside activations, and whether both models are in float32 meanwhile.
-
-    They are where 16-bit weights are slow to multiply and all of it fits comfortably.
-    """
-    # of tuned weights their changes, gradients and moments
-    changes = 20 * linear if section.tune == "weights" else 0
-    wide = 2 * parameters * torch.float32.itemsize + changes
-    slow = device == "cpu" and is_slow(torch.empty(0, dtype=dtype))
-    if slow and section.max_memory is None and fits_comfortably(wide):
-        return wide, True
-    return 2 * parameters * dtype.itemsize + changes, False
-
-
 def estimate(job: Job, network: PreTrainedModel, blocks: Sequence[Block], *, windows: int, device: str) -> Estimate:
     """`network` may be on the meta device; `windows` are those of calibration."""
     section, rule = job.section, job.rule
@@ -131,8 +113,8 @@ def estimate(job: Job, network: PreTrainedModel, blocks: Sequence[Block], *, win
     again = 1.4 * operations if rule.needs_hessian else 0
     solving_operations = _solver_operations(shapes, job) + hessians + mismatches
     if section.tune_windows:
-        fixed += tuning_memory(section, parameters, linear, dtype, device)[0]
-        # forward, and backward twice
+        # both models whole, and of tuned weights their changes, gradients and moments; forward, and backward twice
+        fixed += 2 * parameters * item + (20 * linear if section.tune == "weights" else 0)
         operations += 8 * parameters * section.seqlen * section.tune_windows
     return Estimate(
         fixed_bytes=int(fixed),

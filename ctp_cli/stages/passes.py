@@ -36,7 +36,7 @@ from ctp_cli.models.loading import load_model
 from ctp_cli.models.processes import Processes
 from ctp_cli.models.streaming import BlockStream, WholeModel
 from ctp_cli.progress import Progress
-from ctp_cli.stages.estimate import ALLOCATION_WINDOWS, BATCH_TOKENS, tuning_memory
+from ctp_cli.stages.estimate import ALLOCATION_WINDOWS, BATCH_TOKENS
 from ctp_cli.stages.plan import Job
 
 _TUNED = "tuned.json"
@@ -149,19 +149,14 @@ class Passes:
         return read_json(record)
 
     def _tune(self, what: Literal["scales", "weights"], ids_NT: Tensor) -> Tuned:
-        device = str(ids_NT.device)
-        linear = sum(layer.weight_OI.numel() for block in self.blocks for layer in block.layers)
-        parameters = writer.parameter_count(self.network)
-        _, in_float32 = tuning_memory(self.job.section, parameters, linear, self.network.dtype, device)
         return tune(
             self.network,
-            load_model(self.original, device=device),
+            load_model(self.original, device=str(ids_NT.device)),
             self.blocks,
             ids_NT,
             what=what,
             group_size=self.job.tuned_group_size(self.blocks),
             learning_rate=self.job.section.tune_learning_rate,
-            in_float32=in_float32,
             progress=self.progress,
         )
 
@@ -255,7 +250,6 @@ def _tuning_row(what: str, tuned: Tuned, ids_NT: Tensor) -> dict[str, Any]:
         "windows": ids_NT.shape[0],
         "first_divergence": tuned.first_divergence,
         "last_divergence": tuned.last_divergence,
-        "in_float32": tuned.in_float32,
     }
 
 

@@ -1,8 +1,6 @@
 """Tuning scales and norms: the loss against plain logits, what it stores, and that it helps on other text."""
 
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, Literal
 
 import pytest
 import torch
@@ -11,18 +9,15 @@ from tiny_models import VOCAB_SIZE, tiny_model
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from ctp_cli import memory
 from ctp_cli.compression.tuning import tune
 from ctp_cli.data.sources import load_text
 from ctp_cli.data.windows import token_ids, windows
 from ctp_cli.errors import SolverError
-from ctp_cli.files import read_json
 from ctp_cli.models.blocks import find_blocks
 from ctp_cli.models.head import Scorer
 from ctp_cli.models.loading import load_model, load_tokenizer
 from ctp_cli.models.resolve import resolve_model
 from ctp_cli.recipe import CompressSection
-from ctp_cli.stages import estimate
 from ctp_cli.stages.compress import compress
 
 
@@ -115,54 +110,6 @@ def test_transposed_layers_are_scaled_by_groups_of_their_inputs(family: str, tmp
             factors_OI = tuned.factors_OG[layer.name].repeat_interleave(32, dim=1)
             assert factors_OI.std() > 1e-3
             assert torch.equal(layer.weight_OI, before[layer.name] * factors_OI)
-
-
-@pytest.mark.parametrize("what", ["scales", "weights"])
-def test_in_float32_it_is_the_tuning_of_float32_models_rounded_once(
-    what: Literal["scales", "weights"], tmp_path: Path
-) -> None:
-    folder = tiny_model("llama", tmp_path / "llama", dtype=torch.bfloat16)
-    half, wide, *full = (AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval() for _ in range(4))
-    torch.manual_seed(0)
-    for ours, same in zip(find_blocks(half), find_blocks(wide), strict=True):
-        for layer, twin in zip(ours.layers, same.layers, strict=True):
-            layer.set_weight((layer.weight_OI + 0.02 * torch.randn_like(layer.weight_OI)) * (layer.weight_OI > 0))
-            twin.set_weight(layer.weight_OI.clone())
-    before = {name: tensor.clone() for name, tensor in half.state_dict().items()}
-    wide.float()
-    ids = torch.randint(3, VOCAB_SIZE, (12, 24), generator=torch.Generator().manual_seed(0))
-    options: dict[str, Any] = {"what": what, "group_size": 32, "learning_rate": 1e-2}
-    told = tune(half, full[0], find_blocks(half), ids, in_float32=True, **options)
-    plain = tune(wide, full[1].float(), find_blocks(wide), ids, **options)
-    assert (told.in_float32, plain.in_float32) == (True, False)
-    assert told.last_divergence == pytest.approx(plain.last_divergence, rel=1e-5)
-    wanted = wide.state_dict()
-    for name, tensor in half.state_dict().items():
-        assert tensor.dtype == torch.bfloat16
-        torch.testing.assert_close(tensor, wanted[name].bfloat16(), rtol=1e-2, atol=1e-6)
-        assert "proj" not in name or not torch.equal(tensor, before[name])
-
-
-@pytest.mark.parametrize(
-    ("free_share", "max_memory", "wide"), [(2.0, None, True), (1.9, None, False), (9.0, "9GB", False)]
-)
-def test_float32_is_taken_where_16_bits_are_slow_and_memory_is_free(
-    free_share: float, max_memory: str | None, wide: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = tiny_model("llama", tmp_path / "llama", dtype=torch.bfloat16)
-    held = 8 * sum(parameter.numel() for parameter in load_model(folder).parameters())
-    monkeypatch.setattr(estimate, "is_slow", lambda tensor: tensor.dtype == torch.bfloat16)
-    monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: SimpleNamespace(available=int(held * free_share)))
-    settings = {"bits": 4, "group_size": 32, "windows": 4, "seqlen": 32, "tune": "scales", "tune_windows": 2}
-    section = CompressSection(calibration="pydoc:train", max_memory=max_memory, **settings)
-    compress(section, model=resolve_model(str(folder)), output=tmp_path / "small")
-    (tuning,) = read_json(tmp_path / "small" / "ctp.json")["results"]["tunings"]
-    assert tuning["in_float32"] is wide
-    assert {tensor.dtype for tensor in stored_tensors(tmp_path / "small").values()} <= {
-        torch.bfloat16,
-        torch.float16,
-        torch.int32,
-    }
 
 
 def test_a_learning_rate_that_blows_up_is_reported(tmp_path: Path) -> None:
