@@ -25,16 +25,18 @@ def prepare_layers(model: nn.Module) -> None:
     if all of them together fit comfortably. Raises ValueError, naming the layer, if its parts do not go together.
     """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)}
-    more_bytes: dict[str, int] = {}
+    paying: list[tuple[PackedLinear, dispatch.Weight, int]] = []
     for name, layer in layers.items():
         try:
-            more_bytes[name] = layer.prepare().dense_codes_pay()
+            weight = layer.prepare()
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
-    if not os.environ.get(_DENSE_CODES) and fits_comfortably(sum(more_bytes.values())):
-        for layer in (layers[name] for name, more in more_bytes.items() if more):
+        if more_bytes := weight.dense_codes_pay():
+            paying.append((layer, weight, more_bytes))
+    if not os.environ.get(_DENSE_CODES) and fits_comfortably(sum(more_bytes for *_, more_bytes in paying)):
+        for layer, weight, _ in paying:
             layer.dense_codes_on = frozenset({"cpu"})
-            layer.prepare()
+            weight.use_dense_codes()
 
 
 class PackedLinear(nn.Module):

@@ -138,16 +138,24 @@ class Weight:
         self._refused: dict[str, str] = {}
         self._starts_N = _checked_starts(parts)
         self._about = _moved(parts, torch.device("meta"))
-        if dense_codes and parts.mask is not None:
-            self._mask, self._about = parts.mask.cpu(), densified.described(self._about)
         self._bounds = sorted((0, _FEW_ROWS, _SOME_ROWS, _most_rows(self._about)))
         self.outputs, self.inputs, self.device = parts.outputs, self._about.inputs, parts.codes.device
+        if dense_codes:
+            self.use_dense_codes()
         if parts.g_idx is not None and (refusal := _unequal_groups(parts)):
             self._refused = {TRITON: refusal, TRITON_DENSE: refusal}
 
     def explain(self, dtype: torch.dtype, rows: int) -> Choice:
         """As the function of that name, for this layer where it is."""
         return _choose(self._about, self.device, dtype, rows, self._refused, self.int8_activations)
+
+    def use_dense_codes(self) -> None:
+        """From here on as if `prepare` had been told so."""
+        mask = self.restore().mask
+        if mask is not None:
+            self._mask, self._about = mask.cpu(), densified.described(self._about)
+            self._bounds = sorted((0, _FEW_ROWS, _SOME_ROWS, _most_rows(self._about)))
+            self._ways.clear()
 
     def dense_codes_pay(self) -> int:
         """Bytes that `dense_codes` would add, if it made products faster where the layer is; else 0.

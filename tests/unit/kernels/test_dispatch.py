@@ -118,6 +118,20 @@ def test_a_mask_can_give_way_to_dense_codes_and_comes_back(
 
 
 @pytest.mark.skipif(not dispatch.packed.available(), reason="there is no AVX2, or no C++ compiler")
+def test_a_layer_may_change_to_dense_codes_after_products_as_stored() -> None:
+    parts = layer("bitmap", symmetric=False)
+    x = torch.randn(3, 256, generator=torch.Generator().manual_seed(0))
+    weight, told = dispatch.prepare(parts), dispatch.prepare(parts, dense_codes=True)
+    dispatch.matmul(x, weight)
+    assert "mask" in weight.tensors()
+    for _ in range(2):
+        weight.use_dense_codes()
+        assert torch.equal(dispatch.matmul(x, weight), dispatch.matmul(x, told))
+        assert weight.tensors().keys() == told.tensors().keys() and "mask" not in weight.tensors()
+    assert same_bits(weight.stored(), parts) and weight.dense_codes_pay() == 0
+
+
+@pytest.mark.skipif(not dispatch.packed.available(), reason="there is no AVX2, or no C++ compiler")
 def test_zero_points_that_no_code_reaches_are_left_to_dense_weights() -> None:
     parts = layer("bitmap", symmetric=False)
     parts = replace(parts, zeros=torch.full_like(parts.scales, 200, dtype=torch.uint8))
