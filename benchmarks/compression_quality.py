@@ -1,7 +1,7 @@
 """Perplexity after compression: one pass and tuned, beside the published SparseGPT/GPTQ code where that was measured.
 
     python benchmarks/compression_quality.py DATA_FOLDER [--only "50%,4 bit"] [--how "one pass,tuned"]
-        [--tune-windows 32] [--model FOLDER] [--windows 64] [--options "--rounds 6"] [--orders 3] [--eval-windows 48]
+        [--tune-windows 32] [--model FOLDER] [--windows 64] [--options "--rounds 6"] [--seeds 0,1,2] [--eval-windows 48]
         [--bos]
 
 DATA_FOLDER holds c4.train.jsonl, wikitext2.test.txt and ptb.test.txt. Protocol: the embedded SmolLM2-135M, or another
@@ -9,12 +9,13 @@ model, in bfloat16; calibration on the first windows of 1024 tokens, tuning on t
 48 windows of 1024, or --eval-windows, no BOS but with --bos. Excess: what a model loses against the full one, nats per
 token, averaged over both texts.
 The reference figures were measured with the published code on the embedded model and are only quoted here.
-With --orders N each setting runs N times, the calibration windows in N orders: what differs then is rounding alone.
+--seeds: 0 is the calibration text as it comes, another shuffles its documents, so that others calibrate and tune.
 """
 
 import argparse
 import itertools
 import math
+import random
 import shlex
 import subprocess
 import sys
@@ -51,27 +52,23 @@ REFERENCE = {
 PLAIN = ["--pruner", "sparsegpt", "--refine", "0", "--act-order", "none", "--no-mse-clip", "--asymmetric"]
 """What the published code does; its quantizing drivers, unlike its pruning one, also take layers in turn."""
 
-SHUFFLED = """
-import sys, torch
-from ctp_cli import app
-from ctp_cli.stages import compress
-in_order, seed = compress._windows, int(sys.argv.pop(1))
-def shuffled(section, *others):
-    ids_NT = in_order(section, *others)
-    count = min(section.windows, len(ids_NT))
-    ids_NT[:count] = ids_NT[torch.randperm(count, generator=torch.Generator().manual_seed(seed))]
-    return ids_NT
-compress._windows = shuffled
-app.main()
-"""
-"""`ctp`, with the calibration windows in the order that its first argument seeds."""
-
 
 def options(setting: str, how: str, tune_windows: int) -> list[str]:
     if how == "reference settings":
         in_turn = ["--true-sequential"] if setting.startswith("50% + ") else ["--no-true-sequential"]
         return [*SETTINGS[setting], *PLAIN, *in_turn]
     return [*SETTINGS[setting], *(["--tune-windows", str(tune_windows)] if how == "tuned" else [])]
+
+
+def shuffled(text: Path, seed: int, folder: Path) -> Path:
+    """The text's documents, one a line, in the order that the seed draws; the text itself for 0."""
+    if not seed:
+        return text
+    documents = text.read_bytes().splitlines(keepends=True)
+    random.Random(seed).shuffle(documents)
+    copy = folder / f"{text.stem}.{seed}{text.suffix}"
+    copy.write_bytes(b"".join(documents))
+    return copy
 
 
 def main() -> None:
@@ -85,7 +82,7 @@ def main() -> None:
     parser.add_argument("--options", default="", help="further options of `ctp compress`")
     parser.add_argument("--eval-windows", type=int, default=48)
     parser.add_argument("--bos", action="store_true", help="before every window, as Gemma wants it")
-    parser.add_argument("--orders", type=int, default=1, help="of the calibration windows; the first is the text's")
+    parser.add_argument("--seeds", default="0", help="of the calibration text's documents, 0 as they come")
     given = parser.parse_args()
     texts = {"wikitext2": "wikitext2.test.txt", "ptb": "ptb.test.txt:lines"}
     section = EvalSection(
@@ -106,10 +103,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         path = str(Path(scratch) / "model")
         for setting in given.only.split(","):
-            for how, order in itertools.product(given.how.split(","), range(given.orders)):
-                ctp = [sys.executable, "-c", SHUFFLED, str(order)] if order else [sys.executable, "-m", "ctp_cli"]
-                command = [*ctp, "compress", given.model, "-q", "--force", "-o", path]
-                command += ["--calibration", str(given.data / "c4.train.jsonl"), "--windows", str(given.windows)]
+            for how, seed in itertools.product(given.how.split(","), map(int, given.seeds.split(","))):
+                command = [sys.executable, "-m", "ctp_cli", "compress", given.model, "-q", "--force", "-o", path]
+                command += ["--windows", str(given.windows), "--calibration"]
+                command += [str(shuffled(given.data / "c4.train.jsonl", seed, Path(scratch)))]
                 command += [*options(setting, how, given.tune_windows), *shlex.split(given.options)]
                 command += ["--bos"] if given.bos else []
                 started = time.monotonic()
@@ -117,7 +114,7 @@ def main() -> None:
                 seconds = time.monotonic() - started
                 found = measured(path)
                 known = REFERENCE.get(setting) if given.model == NAME else None
-                label = [how, given.options, f"order {order + 1}" if given.orders > 1 else ""]
+                label = [how, given.options, f"seed {seed}" if given.seeds != "0" else ""]
                 cells = [setting, " ".join(filter(None, label)), f"{seconds:.0f}"]
                 for (value, error), theirs in zip(found, known or (0, 0), strict=True):
                     cells.append(f"{value:.2f} ± {error:.2f}" + (f" ({value / theirs - 1:+.1%})" if theirs else ""))
