@@ -250,13 +250,13 @@ class Weight:
 
 
 def _multiplied(x: Tensor, weight: Weight) -> Tensor:
-    x_MK = x.reshape(-1, weight.inputs)
-    rows = x_MK.shape[0]
+    rows = x.numel() // weight.inputs
     form = weight.form_for(x.dtype, rows)
+    if isinstance(form, PackedLayer):
+        return _packed_product(x.dtype, weight.int8_activations)(x, form)
+    x_MK = x.reshape(-1, weight.inputs)
     if isinstance(form, layouts.PackedWeight) and rows <= _most_rows(weight._about):
         y_MN = ops.matmul(x_MK, form)
-    elif isinstance(form, PackedLayer):
-        y_MN = _packed_product(x.dtype, weight.int8_activations)(x_MK, form).to(x.dtype)
     elif isinstance(form, _Int4):
         y_MN = form.matmul(x_MK)
     else:

@@ -1,9 +1,9 @@
 """Products of a few rows of x with packed layers on the CPU: codes are decoded in registers and multiplied at once.
 
     layer = PackedLayer.of(parts)
-    y_MN = product(x_MK, layer)           # x in float32
-    y_MN = product_int16(x_MK, layer)     # x rounded to 16 bits per 128 inputs, sums of integers: twice as fast
-    y_MN = product_int8(x_MK, layer)      # to 8 bits
+    y = product(x, layer)
+    y = product_int16(x, layer)    # x rounded to 16 bits per 128 inputs, sums of integers: twice as fast
+    y = product_int8(x, layer)     # to 8 bits
 
 Weights are exact in all of them. Needs AVX2 and a C++ compiler (`available`). Layers are multiplied as they are stored;
 only where inputs belong to scattered groups (`g_idx`) are they sorted by group.
@@ -27,6 +27,7 @@ _SEGMENT, _SHORT, _LONGEST = 128, 48, 2048
 """Inputs of a segment, a run with scales of its own. Groups are cut into the longest equal ones between the first two,
 or are one segment, of no more inputs than 32-bit sums hold. Each is padded to a multiple of 64."""
 _DENSE, _HALF, _BITMAP = range(3)
+_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _NEEDS = "products with packed layers need a processor with AVX2 and a C++ compiler"
 
 
@@ -81,10 +82,11 @@ class PackedLayer:
         return cls(parts, starts_N, order, kind)
 
     @functools.cached_property
-    def _numbers(self) -> tuple[int, ...]:
+    def _sizes(self) -> "ctypes.Array[ctypes.c_int64]":
+        """As `packed_product` takes them."""
         parts = self.parts
         sizes = (parts.codes.numel(), parts.outputs, parts.inputs, parts.scales.shape[1])
-        return (*sizes, _segment(parts), parts.bits, self._kind)
+        return (ctypes.c_int64 * 7)(*sizes, _segment(parts), parts.bits, self._kind)
 
     def stored(self, g_idx: Tensor | None) -> PackedParts:
         """The parts this was made of, whose `g_idx` is given."""
@@ -120,28 +122,28 @@ def refusal(parts: PackedParts) -> str:
     return ""
 
 
-def product(x_MK: Tensor, layer: PackedLayer) -> Tensor:
-    """y (M, N) float32 = x W^T: weights exact, sums in float32.
+def product(x: Tensor, layer: PackedLayer) -> Tensor:
+    """y = x W^T: weights exact, sums in float32, rounded once to x's dtype.
 
-    Shapes: x_MK (M, K), any float dtype, on the CPU.
-    Raises: ValueError for another shape or device; RuntimeError where `available` is false; MemoryError.
+    Shapes: x (..., K), float32, float16 or bfloat16, on the CPU; returns (..., N).
+    Raises: ValueError for another shape, dtype or device; RuntimeError where `available` is false; MemoryError.
     """
-    return _product(x_MK, layer, 32)
+    return _product(x, layer, 32)
 
 
-def product_int16(x_MK: Tensor, layer: PackedLayer) -> Tensor:
+def product_int16(x: Tensor, layer: PackedLayer) -> Tensor:
     """As `product`, with x rounded to a step of 1 / 32767 of the largest in each run of at most 128 inputs.
 
     That is at most 1e-4 of such a run's norm, and 3e-5 for values of a normal distribution; bfloat16 itself rounds to
     2e-3, float16 to 2e-4. A run of values below 1e-30 is taken as zeros. Products of integers are summed without
     rounding within a run.
     """
-    return _product(x_MK, layer, 16)
+    return _product(x, layer, 16)
 
 
-def product_int8(x_MK: Tensor, layer: PackedLayer) -> Tensor:
+def product_int8(x: Tensor, layer: PackedLayer) -> Tensor:
     """As `product_int16`, with steps of 1 / 127: about 6e-3 of y. Where x has outliers, more in their runs."""
-    return _product(x_MK, layer, 8)
+    return _product(x, layer, 8)
 
 
 def dense_codes(layer: PackedLayer) -> Tensor:
@@ -157,35 +159,31 @@ def dense_codes(layer: PackedLayer) -> Tensor:
     tensors = (parts.codes, parts.mask, layer.starts_N, parts.scales, parts.zeros)
     failed = library.packed_dense_codes(
         *(None if x is None else x.data_ptr() for x in tensors),
-        *layer._numbers,
-        *(out.data_ptr(), torch.get_num_threads()),
+        *(layer._sizes, out.data_ptr(), torch.get_num_threads()),
     )
     if failed:
         raise MemoryError(f"no memory for codes of {parts.inputs} inputs")
     return out
 
 
-def _product(x_MK: Tensor, layer: PackedLayer, width: int) -> Tensor:
-    parts, library = layer.parts, _library()
-    _, outputs, inputs, *_ = layer._numbers
-    if x_MK.dim() != 2 or x_MK.shape[1] != inputs or not x_MK.is_floating_point() or x_MK.device.type != "cpu":
-        raise ValueError(f"{tuple(x_MK.shape)} {x_MK.dtype} on {x_MK.device}: no rows of {inputs} inputs on the CPU")
+def _product(x: Tensor, layer: PackedLayer, width: int) -> Tensor:
+    parts, library, type_of_x = layer.parts, _library(), _TYPES.get(x.dtype)
+    _, outputs, inputs, *_ = layer._sizes
+    if type_of_x is None or not x.dim() or x.shape[-1] != inputs or x.device.type != "cpu":
+        raise ValueError(f"{tuple(x.shape)} {x.dtype} on {x.device}: no rows of {inputs} inputs on the CPU")
     if library is None:
         raise RuntimeError(_NEEDS)
-    if layer.order is not None:
-        x_MK = x_MK[:, layer.order]
-    x_MK = x_MK.float().contiguous()
-    rows = x_MK.shape[0]  # `len` of a tensor takes microseconds
-    y_MN = torch.empty(rows, outputs)
+    x = (x if layer.order is None else x[..., layer.order]).contiguous()
+    y = torch.empty((*x.shape[:-1], outputs), dtype=x.dtype)
     tensors = (parts.codes, parts.mask, layer.starts_N, parts.scales, parts.zeros)
+    rows = x.numel() // inputs
     failed = library.packed_product(
-        *(None if x is None else x.data_ptr() for x in tensors),
-        *layer._numbers,
-        *(x_MK.data_ptr(), rows, width, y_MN.data_ptr(), torch.get_num_threads()),
+        *(None if tensor is None else tensor.data_ptr() for tensor in tensors),
+        *(layer._sizes, x.data_ptr(), type_of_x, rows, width, y.data_ptr(), torch.get_num_threads()),
     )
     if failed:
         raise MemoryError(f"no memory for a product of {rows} rows of {inputs} inputs")
-    return y_MN
+    return y
 
 
 def _segment(parts: PackedParts) -> int:
@@ -214,8 +212,9 @@ def _library() -> ctypes.CDLL | None:
         return None
     if library.packed_product.argtypes is None:
         pointer, number = ctypes.c_void_p, ctypes.c_int64
-        library.packed_product.argtypes = [*[pointer] * 5, *[number] * 7, pointer, number, number, pointer, number]
+        layer = [*[pointer] * 5, ctypes.POINTER(number)]
+        library.packed_product.argtypes = [*layer, pointer, number, number, number, pointer, number]
         library.packed_product.restype = ctypes.c_int
-        library.packed_dense_codes.argtypes = [*[pointer] * 5, *[number] * 7, pointer, number]
+        library.packed_dense_codes.argtypes = [*layer, pointer, number]
         library.packed_dense_codes.restype = ctypes.c_int
     return library

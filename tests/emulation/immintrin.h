@@ -253,6 +253,12 @@ inline float _cvtsh_ss(uint16_t bits) {  // not of AVX-512, but of this header
   std::memcpy(&x, &bits, sizeof x);
   return float(x);
 }
+inline uint16_t _cvtss_sh(float x, int) {
+  const _Float16 rounded = _Float16(x);
+  uint16_t bits;
+  std::memcpy(&bits, &rounded, sizeof bits);
+  return bits;
+}
 inline emulated::Vector<float, 8> _mm256_cvtph_ps(__m128i halves) {  // likewise
   uint16_t bits[8];
   std::memcpy(bits, &halves, sizeof bits);

@@ -36,6 +36,29 @@ constexpr int64_t kRows = 4;     // of x whose sums stay in registers, each
 constexpr int64_t kOutputs = 2;  // for so many outputs; one row reads one output's codes, as they lie in memory
 constexpr int64_t kTaken = 16;   // outputs that a thread takes at a time
 
+enum Type { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };  // of x and of y
+
+void widen(const uint16_t* from, int64_t count, Type type, float* to) {
+  if (type == kFloat16)
+    for (int64_t i = 0; i < count; ++i) to[i] = _cvtsh_ss(from[i]);
+  else
+    for (int64_t i = 0; i < count; ++i) {
+      const uint32_t bits = uint32_t(from[i]) << 16;
+      std::memcpy(to + i, &bits, sizeof bits);
+    }
+}
+
+// to the nearest, of two the even one
+void narrow(const float* from, int64_t count, Type type, uint16_t* to) {
+  if (type == kFloat16)
+    for (int64_t i = 0; i < count; ++i) to[i] = _cvtss_sh(from[i], 0);
+  else
+    for (int64_t i = 0; i < count; ++i) {
+      const uint32_t bits = loaded<uint32_t>(from + i);
+      to[i] = uint16_t(std::isnan(from[i]) ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+    }
+}
+
 Decode decoder(int64_t bits, Kind kind) {
   switch (bits * 4 + kind) {
     case 2 * 4 + kDense: return decode<2, kDense>;
@@ -69,8 +92,14 @@ struct Activations {
         sums(Form::kSteps > 0 ? rows * segments * kLanes : 0),
         scales(Form::kSteps > 0 ? rows * segments : 0) {}
 
-  void take(const float* from, int64_t m) {
-    from += m * layer.inputs;
+  void take(const void* x_MK, Type type, int64_t m) {
+    const float* from = static_cast<const float*>(x_MK) + m * layer.inputs;
+    std::vector<float> wide;
+    if (type != kFloat32) {
+      wide.resize(layer.inputs);
+      widen(static_cast<const uint16_t*>(x_MK) + m * layer.inputs, layer.inputs, type, wide.data());
+      from = wide.data();
+    }
     for (int64_t place = m * segments; place < (m + 1) * segments; ++place, from += layer.segment) {
       if constexpr (Form::kSteps > 0) scales[place] = step(from);
       for (int64_t b = 0; b < layer.blocks(); ++b) {
@@ -224,13 +253,15 @@ void all_rows(const Activations<Form>& x, int64_t rows, Output* outputs, int64_t
 }
 
 template <class Form>
-int product(const Layer& layer, const float* x_MK, int64_t rows, float* y_MN, int64_t threads) try {
+int product(const Layer& layer, const void* x_MK, Type type, int64_t rows, void* y_MN, int64_t threads) try {
   Activations<Form> x(layer, rows);
+  const std::unique_ptr<float[]> wide(type == kFloat32 ? nullptr : new float[rows * layer.outputs]);
+  float* const y = wide ? wide.get() : static_cast<float*>(y_MN);
   if (rows == 1)
-    x.take(x_MK, 0);
+    x.take(x_MK, type, 0);
   else
     in_parallel(threads, threads, [&](int64_t thread) {
-      for (int64_t m = thread; m < rows; m += threads) x.take(x_MK, m);
+      for (int64_t m = thread; m < rows; m += threads) x.take(x_MK, type, m);
     });
   std::atomic<int64_t> next{0};
   return in_parallel(threads, threads, [&](int64_t) {
@@ -238,26 +269,35 @@ int product(const Layer& layer, const float* x_MK, int64_t rows, float* y_MN, in
     for (int64_t begin; (begin = next.fetch_add(kTaken)) < layer.outputs;) {
       const int64_t end = std::min(begin + kTaken, layer.outputs);
       int64_t o = begin;
-      for (; rows > 1 && o + kOutputs <= end; o += kOutputs) all_rows<Form, kOutputs>(x, rows, outputs, o, y_MN);
-      for (; o < end; ++o) all_rows<Form, 1>(x, rows, outputs, o, y_MN);
+      for (; rows > 1 && o + kOutputs <= end; o += kOutputs) all_rows<Form, kOutputs>(x, rows, outputs, o, y);
+      for (; o < end; ++o) all_rows<Form, 1>(x, rows, outputs, o, y);
+      for (int64_t at = begin; wide && at < rows * layer.outputs; at += layer.outputs)
+        narrow(y + at, end - begin, type, static_cast<uint16_t*>(y_MN) + at);
     }
   });
 } catch (const std::bad_alloc&) {
   return 1;
 }
 
+Layer layer_of(
+    const uint8_t* codes, const uint8_t* mask, const int64_t* starts, const uint16_t* scales, const uint8_t* zeros,
+    const int64_t* sizes) {
+  return {codes,    mask,     starts,   scales,   zeros,         sizes[0], sizes[1],
+          sizes[2], sizes[3], sizes[4], sizes[5], Kind(sizes[6])};
+}
+
 }  // namespace
 
-// y (M, N) float of x (M, K) float. `segment`: inputs, a multiple of 8 (of 16 for kHalf) that divides K / G. `width`: bits
-// that x is rounded to, 8 or 16, with a scale for each segment; 32: it is not. Returns 1 if there was not enough memory.
+// y (M, N) of x (M, K), both of `type`. `sizes`: bytes of codes, N, K, G, inputs of a segment, a multiple of 8 (of 16 for
+// kHalf) that divides K / G, bits, Kind. `width`: bits that x is rounded to, 8 or 16, with a scale for each segment; 32: it
+// is not. Returns 1 if there was not enough memory.
 extern "C" int packed_product(
     const uint8_t* codes, const uint8_t* mask, const int64_t* starts, const uint16_t* scales, const uint8_t* zeros,
-    int64_t bytes, int64_t outputs, int64_t inputs, int64_t groups, int64_t segment, int64_t bits, int64_t kind,
-    const float* x, int64_t rows, int64_t width, float* y, int64_t threads) {
-  const Layer layer{codes, mask, starts, scales, zeros, bytes, outputs, inputs, groups, segment, bits, Kind(kind)};
+    const int64_t* sizes, const void* x, int64_t type, int64_t rows, int64_t width, void* y, int64_t threads) {
+  const Layer layer = layer_of(codes, mask, starts, scales, zeros, sizes);
   const auto with = [&](auto of_nibbles, auto of_bytes) {
-    return bits < 8 ? product<decltype(of_nibbles)>(layer, x, rows, y, threads)
-                    : product<decltype(of_bytes)>(layer, x, rows, y, threads);
+    return layer.bits < 8 ? product<decltype(of_nibbles)>(layer, x, Type(type), rows, y, threads)
+                          : product<decltype(of_bytes)>(layer, x, Type(type), rows, y, threads);
   };
   switch (width) {
     case 8: return with(BytesOfNibbles{}, BytesOfBytes{});
@@ -270,16 +310,16 @@ extern "C" int packed_product(
 // Arguments as those of `packed_product`.
 extern "C" int packed_dense_codes(
     const uint8_t* codes, const uint8_t* mask, const int64_t* starts, const uint16_t* scales, const uint8_t* zeros,
-    int64_t bytes, int64_t outputs, int64_t inputs, int64_t groups, int64_t segment, int64_t bits, int64_t kind,
-    uint8_t* out, int64_t threads) try {
-  const Layer layer{codes, mask, starts, scales, zeros, bytes, outputs, inputs, groups, segment, bits, Kind(kind)};
+    const int64_t* sizes, uint8_t* out, int64_t threads) try {
+  const Layer layer = layer_of(codes, mask, starts, scales, zeros, sizes);
+  const int64_t outputs = layer.outputs, bits = layer.bits;
   return in_parallel(threads, threads, [&](int64_t thread) {
     Output output(layer);
     for (int64_t o = outputs * thread / threads; o < outputs * (thread + 1) / threads; ++o) {
       output.take(o);
-      uint8_t* to = out + o * inputs * bits / 8;
+      uint8_t* to = out + o * layer.inputs * bits / 8;
       for (int64_t s = 0; s < layer.segments(); ++s)
-        for (int64_t k = 0; k < segment; k += 8, to += bits) {
+        for (int64_t k = 0; k < layer.segment; k += 8, to += bits) {
           uint64_t word = 0;
           for (int64_t i = 0; i < 8; ++i) word |= uint64_t(output.code(s, k + i)) << (i * bits);
           std::memcpy(to, &word, bits);

@@ -45,16 +45,18 @@ def check(parts: PackedParts, x_MK: torch.Tensor, rows: tuple[int, ...] = ()) ->
     order = torch.arange(parts.inputs) if parts.g_idx is None else parts.g_idx.long().argsort(stable=True)
     wanted_MN, sizes_MN = x_MK.double() @ W_NK.T, x_MK.double().abs() @ W_NK.abs().T
     for m in rows or (len(x_MK),):
-        close(product(x_MK[:m], layer), wanted_MN[:m], sizes_MN[:m], 3e-7)
+        close(product(x_MK[:m].float(), layer), wanted_MN[:m], sizes_MN[:m], 3e-7)
     for by_integers, steps in INTEGERS.items():
         x_rounded, step_MK = rounded(x_MK[:, order], steps, segment)
         of_rounded_MN = x_rounded @ W_NK[:, order].T
         # no element may be off by more than half a step in each x
         bound_MN = step_MK @ W_NK[:, order].abs().T / 2 + 3e-7 * sizes_MN
         for m in rows or (len(x_MK),):
-            y_MN = by_integers(x_MK[:m], layer)
+            y_MN = by_integers(x_MK[:m].float(), layer)
             close(y_MN, of_rounded_MN[:m], x_rounded[:m].abs() @ W_NK[:, order].abs().T, 3e-7)
             close(y_MN, wanted_MN[:m], bound_MN[:m], 1)
+    for way in (product, *INTEGERS):
+        assert torch.equal(way(x_MK, layer), way(x_MK.float(), layer).to(x_MK.dtype)), "rounded once, as PyTorch does"
     if layer.parts.mask is not None:
         assert torch.equal(dense_codes(layer), with_zero_points(layer.parts))
 
@@ -203,6 +205,27 @@ def test_what_does_not_fit_is_refused() -> None:
         with pytest.raises(ValueError, match=said):
             PackedLayer.of(wrong)
     layer = PackedLayer.of(whole)
-    for x in (torch.ones(2, 255), torch.ones(256), torch.ones(2, 256).int(), torch.ones(2, 256, device="meta")):
+    wrong_rows = (
+        torch.ones(2, 255),
+        torch.ones(()),
+        torch.ones(2, 256).int(),
+        torch.ones(2, 256).double(),
+        torch.ones(2, 256, device="meta"),
+    )
+    for x in wrong_rows:
         with pytest.raises(ValueError, match="no rows of 256 inputs"):
             product(x, layer)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_x_of_16_bits_keeps_its_shape_and_its_type(dtype: torch.dtype) -> None:
+    layer = PackedLayer.of(random_parts("bitmap", bits=4, outputs=40, inputs=256, groups=2, symmetric=True))
+    x = torch.randn(2, 256, 3, generator=torch.Generator().manual_seed(0)).to(dtype).transpose(1, 2)
+    x[0, 1] = 6e4
+    x[1, 2, 7] = float("nan")
+    y = product(x, layer)
+    assert y.shape == (2, 3, 40) and y.dtype == dtype
+    assert y[0].isinf().any() == (dtype == torch.float16), "beyond the largest number of 16 bits"
+    assert y[1, 2, :39].isnan().all()
+    torch.testing.assert_close(y, product(x.float(), layer).to(dtype), rtol=0, atol=0, equal_nan=True)
+    assert product(x[:0], layer).shape == (0, 3, 40)
