@@ -34,7 +34,7 @@ from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
 from ctp_cli.checkpoints.packed import PackedSettings
-from ctp_cli.integration.linear import PackedLinear
+from ctp_cli.checkpoints.packed_linear import PackedLinear
 from ctp_cli.models.loading import load_model
 from ctp_cli.models.resolve import resolve_model
 

@@ -22,10 +22,10 @@ from ctp_kernels import dispatch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ctp_cli.checkpoints.packed_linear import PackedLinear
 from ctp_cli.data.sources import load_text
 from ctp_cli.data.windows import token_ids, windows
 from ctp_cli.evaluation.perplexity import Perplexity, compare, perplexity
-from ctp_cli.integration.linear import PackedLinear
 from ctp_cli.models.loading import load_model, load_tokenizer
 
 

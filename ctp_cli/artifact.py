@@ -211,8 +211,8 @@ def _open_partial(partial: Path, identity: dict[str, Any], *, force: bool) -> bo
             (partial / MANIFEST).unlink(missing_ok=True)  # killed while finishing; it is no part of what it lists
             write_json(partial / IDENTITY, identity)
             return True
-        if before is None and any(partial.iterdir()) and not force:
-            raise OutputError(f"{partial} is there and was not made by ctp", hint="move it away, or use --force")
+        if not partial.is_dir() or (before is None and any(partial.iterdir())):
+            raise OutputError(f"{partial} is there and was not made by ctp", hint="move it away")
         if before is not None and not force:
             lines = "; ".join(differences(before, identity))
             raise OutputError(

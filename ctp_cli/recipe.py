@@ -361,6 +361,8 @@ class Recipe(Section):
             raise ValueError("nothing to do: name at least one stage (compress, learn, stitch, eval, bench)")
         if self.stitch and not self.learn:
             raise ValueError("stitch needs the prompt that learn makes: add a learn section")
+        if self.stitch and self.learn and self.stitch.format == "vocab" and self.learn.method == "kv-prefix":
+            raise ValueError("no token can stand for a kv-prefix: set stitch.format to kv or peft")
         if self.learn and self.eval and self.learn.bos != self.eval.bos:
             raise ValueError("a prompt is evaluated as it was learned: set bos in both, learn and eval, or in neither")
         return self

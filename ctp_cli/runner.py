@@ -133,7 +133,9 @@ class _Builder:
             if recipe.compress is not None:
                 self._report(evaluation_key)
         if recipe.bench is not None:
-            self._bench(subject, prompt_key or subject_key, with_prompt=prompt_key is not None)
+            # a kv-prefix has no rows to be cut; times depend on lengths alone
+            rows = recipe.learn is not None and recipe.learn.method == "soft-prompt"
+            self._bench(subject, prompt_key or subject_key, with_prompt=rows)
 
     def _made_model(self, name: str) -> ResolvedModel:
         base = self.plan.model

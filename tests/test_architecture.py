@@ -29,7 +29,7 @@ SAME_LAYER = {  # who may use whom among equals
     "integration": {"checkpoints"},
 }
 # models/loading reads packed checkpoints, whose form is the checkpoints' business, and keeps them packed if asked to
-KNOWN_UPWARD = {("models/loading.py", "checkpoints"), ("models/loading.py", "integration")}
+KNOWN_UPWARD = {("models/loading.py", "checkpoints")}
 
 
 def imports(path: Path) -> Iterator[str]:

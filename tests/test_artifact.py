@@ -110,6 +110,21 @@ def test_existing_output_is_refused_and_force_replaces_it_at_the_end(tmp_path: P
     assert sorted(p.name for p in tmp_path.iterdir()) == ["x"]
 
 
+def test_what_stands_where_work_would_go_is_kept(tmp_path: Path) -> None:
+    partial = tmp_path / "x.partial"
+    partial.mkdir()
+    (partial / "notes.txt").write_text("mine")
+    for force in (False, True):
+        with pytest.raises(OutputError, match="not made by ctp"):
+            make(tmp_path / "x", force=force)
+    assert (partial / "notes.txt").read_text() == "mine"
+    (partial / "notes.txt").unlink()
+    assert make(tmp_path / "x") == tmp_path / "x", "an empty folder, as one killed at once leaves it"
+    (tmp_path / "y.partial").write_text("mine")
+    with pytest.raises(OutputError, match="not made by ctp"):
+        make(tmp_path / "y", force=True)
+
+
 def test_an_error_before_anything_was_saved_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError), workspace(tmp_path / "x", kind="k", identity={}):
         raise RuntimeError

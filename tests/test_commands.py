@@ -127,6 +127,9 @@ def test_wait_for_no_weights_in_a_dry_run(trained: Path, place: Path) -> None:
     recipe = place / "r.yaml"
     recipe.write_text(RECIPE.format(model=trained))
     assert ctp("run", recipe, "--dry-run").stdout.count("to be made") == 6
+    steps = json.loads(ctp("run", recipe, "--dry-run", "--json").stdout)["steps"]
+    for stage in [stage for stage, *_ in steps]:  # as they can be made again
+        ctp("run", recipe, "--redo", stage, "--dry-run")
     plan = json.loads(
         ctp("compress", trained, "--bits", 4, "--calibration", "pydoc:train", "--dry-run", "--json").stdout
     )
@@ -228,6 +231,10 @@ def test_a_kv_prefix_from_learning_to_evaluation(trained: Path, place: Path) -> 
     assert scores[1][1]["perplexity"] == prompted["perplexity"]
     refused = CliRunner().invoke(app, ["bench", str(trained), "--prompt", "small-prefix8"])
     assert refused.exit_code == 2 and "a kv-prefix, and bench times prompts" in refused.stderr
+    recipe = place / "r.yaml"
+    recipe.write_text(RECIPE.format(model=trained))
+    ctp("run", recipe, "--set", "learn.method=kv-prefix", "--set", "stitch.format=kv")
+    assert {"stitched", "benchmark"} < {path.name for path in (place / "out").iterdir()}
 
 
 def test_sigterm_is_said_and_leaves_no_trace(

@@ -75,6 +75,10 @@ def test_a_stage_without_what_it_needs_is_refused() -> None:
             build(Recipe, {"output": "x", "learn": {"bos": learn}, "eval": {"bos": evaluate}})
     with pytest.raises(RecipeError, match="stitch needs the prompt"):
         build(Recipe, {"output": "x", "compress": {"bits": 4}, "stitch": {}})
+    prefix = {"output": "x", "learn": {"method": "kv-prefix"}}
+    with pytest.raises(RecipeError, match=r"set stitch\.format to kv or peft"):
+        build(Recipe, {**prefix, "stitch": {}})
+    assert build(Recipe, {**prefix, "stitch": {"format": "peft"}}).stitch is not None
 
 
 def test_a_recipe_stitches_with_the_options_of_the_command(tmp_path: Path) -> None:

@@ -57,7 +57,7 @@ def run(
         progress=progress,
     )
     if dry_run:
-        rows = [(step.name, "already made" if step.made else "to be made", str(step.output)) for step in plan.steps]
+        rows = [(step.section, "already made" if step.made else "to be made", str(step.output)) for step in plan.steps]
         console.table(f"{recipe}, on {plan.model.name} ({plan.model.path})", ("stage", "", "output"), rows)
         console.document("run-plan", {"model": str(plan.model.path), "steps": [list(row) for row in rows]})
         return

@@ -151,10 +151,7 @@ def _load_dequantized(
 
 
 def _load_packed(path: Path, config: Any, form: LayerFormat, dtype: torch.dtype | None) -> tuple[Any, dict[str, Any]]:
-    from ctp_cli.integration.linear import (
-        PackedLinear,
-        prepare_layers,
-    )  # which also registers format ctp with transformers
+    from ctp_cli.checkpoints.packed_linear import PackedLinear, prepare_layers
 
     skeleton, _ = dense_skeleton(config)
     dtype = dtype or config.dtype or torch.float16

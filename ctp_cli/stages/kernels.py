@@ -1,5 +1,6 @@
 """`ctp bench --kernels`: products with packed weights on this machine, for the layers of a model."""
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from ctp_kernels.triton.tune import tune
 
 from ctp_cli import artifact
 from ctp_cli.benchmark.figures import kernels_figure
+from ctp_cli.checkpoints.packed_linear import dense_codes_asked, int8_activations_asked
 from ctp_cli.errors import InputError, RecipeError
 from ctp_cli.files import write_json
 from ctp_cli.models.blocks import find_blocks
@@ -56,17 +58,25 @@ def layer_shapes(model_path: Path | None) -> tuple[LayerShape, ...]:
 
 
 def choices(shapes: Sequence[LayerShape], *, device: str) -> dict[tuple[str, int, str], dispatch.Choice]:
-    """(kind, rows, layer) -> which way its products take on this machine, in the 16-bit type that is timed there."""
-    where = resolve_device(device)
+    """(kind, rows, layer) -> which way its products take on this machine, in the 16-bit type that is timed there.
+
+    As layers of a model are multiplied: with 8-bit activations and dense codes if the environment asks for them, and
+    unless it says no, with dense codes also where they pay (there, models whose layers do not fit go without).
+    """
+    where, asked = resolve_device(device), dense_codes_asked()
     dtype = torch.float16 if where.startswith("cuda") else torch.bfloat16
-    return {
-        (kind, rows, str(shape)): dispatch.explain(
-            rooflines.described(shape, kind), device=where, dtype=dtype, rows=rows
+    found = {}
+    for kind, rows, shape in itertools.product(KINDS, rooflines.BATCHES, shapes):
+        parts = rooflines.described(shape, kind)
+        found[kind, rows, str(shape)] = dispatch.explain(
+            parts,
+            device=where,
+            dtype=dtype,
+            rows=rows,
+            int8_activations=int8_activations_asked(),
+            dense_codes=dispatch.dense_codes_pay(parts, device=where) > 0 if asked is None else asked,
         )
-        for kind in KINDS
-        for rows in rooflines.BATCHES
-        for shape in shapes
-    }
+    return found
 
 
 def bench_kernels(

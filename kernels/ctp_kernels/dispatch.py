@@ -63,13 +63,18 @@ processor with AVX2. They met near 64 rows there; where products are faster they
 
 @dataclass(frozen=True)
 class Choice:
-    """The way a product takes, and for each other way why not. `str` of it is one line for each."""
+    """The way a product takes, and for each other way why not. `str` of it is one line for each.
+
+    dense_codes: weights that a mask leaves out have codes, too.
+    """
 
     way: str
     others: dict[str, str]
+    dense_codes: bool = False
 
     def __str__(self) -> str:
-        lines = [f"{self.way}: {_WHY[self.way]}", *(f"not {way}: {why}" for way, why in self.others.items())]
+        how = ", with a code for every weight" if self.dense_codes else ""
+        lines = [f"{self.way}{how}: {_WHY[self.way]}", *(f"not {way}: {why}" for way, why in self.others.items())]
         return "\n".join(lines)
 
 
@@ -87,8 +92,21 @@ def explain(
     Shapes and types of `parts` are what counts: they may be on the meta device. A GPU that is not there is taken for
     one that the kernels support.
     """
-    about = densified.described(parts) if dense_codes and parts.mask is not None else parts
-    return _choose(about, torch.device(device), dtype, rows, {}, int8_activations)
+    densify = dense_codes and parts.mask is not None
+    about = densified.described(parts) if densify else parts
+    return replace(_choose(about, torch.device(device), dtype, rows, {}, int8_activations), dense_codes=densify)
+
+
+def dense_codes_pay(parts: PackedParts, *, device: torch.device | str) -> int:
+    """Bytes that `dense_codes` would add, if it made products with such a layer faster on `device`; else 0.
+
+    On CPUs it does where AVX2 decodes (docs/kernels.md has times). AVX-512 VBMI2 expands 64 codes at once, so that
+    reading is what takes the time. GPUs differ too much to say. `parts` as in `explain`.
+    """
+    decoding = explain(parts, device=device, dtype=torch.float32, rows=1).way == PACKED
+    if parts.mask is None or not decoding or "avx512_vbmi2" in cpu_features():
+        return 0
+    return densified.described(parts).codes.numel() - parts.codes.numel()
 
 
 def prepare(parts: PackedParts, *, int8_activations: bool = False, dense_codes: bool = False) -> "Weight":
@@ -147,7 +165,8 @@ class Weight:
 
     def explain(self, dtype: torch.dtype, rows: int) -> Choice:
         """As the function of that name, for this layer where it is."""
-        return _choose(self._about, self.device, dtype, rows, self._refused, self.int8_activations)
+        choice = _choose(self._about, self.device, dtype, rows, self._refused, self.int8_activations)
+        return replace(choice, dense_codes=self._mask is not None)
 
     def use_dense_codes(self) -> None:
         """From here on as if `prepare` had been told so."""
@@ -158,15 +177,8 @@ class Weight:
             self._ways.clear()
 
     def dense_codes_pay(self) -> int:
-        """Bytes that `dense_codes` would add, if it made products faster where the layer is; else 0.
-
-        On CPUs it does where AVX2 decodes (docs/kernels.md has times). AVX-512 VBMI2 expands 64 codes at once, so that
-        reading is what takes the time. GPUs differ too much to say.
-        """
-        parts, decoding = self._about, self.explain(torch.float32, 1).way in (PACKED, PACKED_INT8)
-        if parts.mask is None or not decoding or "avx512_vbmi2" in cpu_features():
-            return 0
-        return densified.described(parts).codes.numel() - parts.codes.numel()
+        """As the function of that name, for this layer where it is."""
+        return dense_codes_pay(self._about, device=self.device)
 
     @property
     def form(self) -> object | None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from ctp_kernels import onnx_product, rooflines
+from ctp_kernels import dispatch, onnx_product, packed, rooflines
 from ctp_kernels.dispatch import explain
 from ctp_kernels.rooflines import KINDS, LayerShape
 from tiny_models import tiny_model
@@ -55,6 +55,24 @@ def test_an_artifact_with_times_figure_and_manifest(llama: Path) -> None:
     assert "exists" in again.stderr
 
 
+def test_the_environment_s_say_on_a_way_is_explained(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def ways() -> dict[str, str]:
+        found = stage.choices(stage.layer_shapes(llama), device="cpu")
+        return {kind: choice.way for (kind, rows, shape), choice in found.items() if (rows, shape) == (1, "64 x 64")}
+
+    monkeypatch.delenv("CTP_INT8_ACTIVATIONS", raising=False)
+    monkeypatch.setattr(packed, "available", lambda: True)
+    assert set(ways().values()) == {"packed"}
+    monkeypatch.setenv("CTP_INT8_ACTIVATIONS", "1")
+    assert set(ways().values()) == {"packed int8"}
+    monkeypatch.setattr(packed, "available", lambda: False)
+    monkeypatch.setattr(dispatch, "_against_int4", lambda parts, *_: "" if parts.mask is None else "a mask")
+    monkeypatch.setenv("CTP_DENSE_CODES", "0")
+    assert {kind for kind, way in ways().items() if way == "int4"} == {"dense"}
+    monkeypatch.setenv("CTP_DENSE_CODES", "1")
+    assert set(ways().values()) == {"int4"}
+
+
 def test_json_is_one_document(llama: Path) -> None:
     done = CliRunner().invoke(app, ["bench", str(llama), "--kernels", "--rounds", "1", "--json", "--device", "cpu"])
     document = json.loads(done.stdout)
@@ -62,7 +80,8 @@ def test_json_is_one_document(llama: Path) -> None:
     assert document["rows"][0]["time_us"].keys() == {"low", "median", "high"}
 
 
-def test_explained_choices_are_those_of_dispatch(llama: Path) -> None:
+def test_explained_choices_are_those_of_dispatch(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CTP_DENSE_CODES", "0")
     done = CliRunner().invoke(app, ["bench", str(llama), "--kernels", "--explain", "--json", "--device", "cpu"])
     choices = json.loads(done.stdout)["choices"]
     assert {(c["weights"], c["rows"], c["layer"]) for c in choices} == {
@@ -76,6 +95,10 @@ def test_explained_choices_are_those_of_dispatch(llama: Path) -> None:
     words = CliRunner().invoke(app, ["bench", str(llama), "--kernels", "--explain", "--device", "cpu"]).stdout
     assert "\n    packed: codes are decoded in registers" in words or "\n    dense: weights are made dense" in words
     assert "\n    not int4: takes 4 bits without a mask, not 4 bits with a mask" in words
+    assert "with a code for every weight" not in words
+    monkeypatch.setenv("CTP_DENSE_CODES", "1")
+    words = CliRunner().invoke(app, ["bench", str(llama), "--kernels", "--explain", "--device", "cpu"]).stdout
+    assert ", with a code for every weight: " in words
     assert not list(Path.cwd().iterdir()), "nothing is measured, nothing written"
 
 

@@ -13,7 +13,7 @@ from ctp_kernels.triton.layouts import PackedWeight
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import ctp_cli.integration  # noqa: F401 - registers the format
-from ctp_cli.integration.linear import PackedLinear
+from ctp_cli.checkpoints.packed_linear import PackedLinear
 from ctp_cli.models.loading import load_model
 
 

@@ -18,7 +18,7 @@ from tiny_models import VOCAB_SIZE, tiny_model
 from transformers import AutoModelForCausalLM
 
 import ctp_cli.integration  # noqa: F401 - registers the format
-from ctp_cli.integration.linear import PackedLinear
+from ctp_cli.checkpoints.packed_linear import PackedLinear
 from ctp_cli.models.loading import load_model
 from ctp_cli.models.resolve import resolve_model
 from ctp_cli.recipe import CompressSection

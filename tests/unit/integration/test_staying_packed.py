@@ -13,8 +13,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from ctp_cli import memory
+from ctp_cli.checkpoints.packed_linear import PackedLinear
 from ctp_cli.errors import InputError
-from ctp_cli.integration.linear import PackedLinear
 from ctp_cli.models.loading import load_model
 from ctp_cli.models.resolve import resolve_model
 from ctp_cli.models.sharding import Frozen

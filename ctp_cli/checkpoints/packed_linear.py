@@ -15,7 +15,16 @@ from torch import Tensor, nn
 from ctp_cli.checkpoints.packed import PackedSettings
 from ctp_cli.memory import fits_comfortably
 
-_DENSE_CODES = "CTP_DENSE_CODES"
+
+def int8_activations_asked() -> bool:
+    """By the environment, CTP_INT8_ACTIVATIONS."""
+    return os.environ.get("CTP_INT8_ACTIVATIONS") == "1"
+
+
+def dense_codes_asked() -> bool | None:
+    """By the environment, CTP_DENSE_CODES; None if it does not say."""
+    given = os.environ.get("CTP_DENSE_CODES")
+    return None if not given else given == "1"
 
 
 def prepare_layers(model: nn.Module) -> None:
@@ -33,7 +42,7 @@ def prepare_layers(model: nn.Module) -> None:
             raise ValueError(f"{name}: {error}") from None
         if more_bytes := weight.dense_codes_pay():
             paying.append((layer, weight, more_bytes))
-    if not os.environ.get(_DENSE_CODES) and fits_comfortably(sum(more_bytes for *_, more_bytes in paying)):
+    if dense_codes_asked() is None and fits_comfortably(sum(more_bytes for *_, more_bytes in paying)):
         for layer, weight, _ in paying:
             layer.dense_codes_on = frozenset({"cpu"})
             weight.use_dense_codes()
@@ -67,9 +76,9 @@ class PackedLinear(nn.Module):
         for part in self._names:
             self.register_buffer(part, parts.get(part))
         self.bias = nn.Parameter(torch.empty(out_features, device="meta"), requires_grad=False) if bias else None
-        self.int8_activations = os.environ.get("CTP_INT8_ACTIVATIONS") == "1"
+        self.int8_activations = int8_activations_asked()
         """Whether products on the CPU may round x to 8 bits (`dispatch.prepare`); takes effect with `prepare`."""
-        self.dense_codes_on = frozenset({"cpu", "cuda"} if os.environ.get(_DENSE_CODES) == "1" else {})
+        self.dense_codes_on = frozenset({"cpu", "cuda"} if dense_codes_asked() else {})
         """Devices on which pruned layers are multiplied with as dense codes, likewise."""
         self._weight: dispatch.Weight | None = None
         self._form: object | None = None
