@@ -15,7 +15,9 @@ from ctp_cli.recipe import BenchSection, build
 @reports_errors
 @shows_defaults(BenchSection)
 def bench(
-    model: Annotated[str | None, typer.Argument(help="Checkpoint; the newest one here by default.")] = None,
+    model: Annotated[
+        str | None, typer.Argument(help="Checkpoint; the newest one here by default, with --kernels usual shapes.")
+    ] = None,
     prompt_len: Annotated[str | None, typer.Option(help="Prompt lengths, comma separated.")] = None,
     prompt: Annotated[Path | None, typer.Option(help="Prompt file; random rows otherwise.")] = None,
     seqlen: Annotated[int | None, typer.Option(help="Text tokens before the first generated one.")] = None,

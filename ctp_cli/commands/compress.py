@@ -47,7 +47,12 @@ def compress(
         str | None,
         typer.Option(help="auto, gptq, compressed-tensors, ctp or dense; or several: gptq,ctp.", rich_help_panel=WHAT),
     ] = None,
-    group_size: Annotated[str | None, typer.Option(help="auto, row, or inputs per scale.", rich_help_panel=HOW)] = None,
+    group_size: Annotated[
+        str | None,
+        typer.Option(
+            help="auto (the largest of 128, 64, 32 that fits), row, or inputs per scale.", rich_help_panel=HOW
+        ),
+    ] = None,
     symmetric: Annotated[
         bool | None,
         typer.Option(
