@@ -3,7 +3,7 @@
     python benchmarks/gpu_rows.py [--outputs 4096] [--inputs 4096]
 
 Microseconds, medians, as CUDA graphs, weights in rotation: float16 `F.linear`, and for each layout the fused product,
-making weights dense and multiplying, and the gradient. Needs a GPU and triton. `dispatch._MANY_ROWS` follows from it.
+making weights dense and multiplying, and the gradient. Needs a GPU and triton. `ways._MANY_ROWS` follows from it.
 """
 
 import argparse

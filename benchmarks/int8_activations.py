@@ -18,7 +18,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from ctp_kernels import dispatch
+from ctp_kernels import ways
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -75,7 +75,7 @@ def ask_for(model: PreTrainedModel, *, int8: bool) -> str:
     for layer in packed_layers(model).values():
         layer.int8_activations = int8
         layer.prepare()
-    return dispatch.PACKED_INT8 if int8 else dispatch.PACKED
+    return ways.PACKED_INT8 if int8 else ways.PACKED
 
 
 def product_errors(model: PreTrainedModel, window_1T: Tensor) -> dict[str, list[tuple[float, float]]]:

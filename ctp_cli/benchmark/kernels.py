@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from ctp_kernels.dispatch import Choice
 from ctp_kernels.profiling import Quartiles
 from ctp_kernels.rooflines import GPU_BYTES_PER_S, LayerShape, Prediction, RooflineReport
+from ctp_kernels.ways import Choice
 
 COLUMNS = ("layer", "rows", "product", "way", "time, µs", "GB/s", "of copying")
 PREDICTED_COLUMNS = ("layer", "weights", "MB", *(f"{gpu}, µs" for gpu in GPU_BYTES_PER_S))

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ctp_kernels import dispatch, rooflines
+from ctp_kernels import rooflines, ways
 from ctp_kernels.rooflines import KINDS, LayerShape, RooflineReport
 from ctp_kernels.triton import from_parts
 from ctp_kernels.triton.config import layer_key
@@ -57,7 +57,7 @@ def layer_shapes(model_path: Path | None) -> tuple[LayerShape, ...]:
     return shapes
 
 
-def choices(shapes: Sequence[LayerShape], *, device: str) -> dict[tuple[str, int, str], dispatch.Choice]:
+def choices(shapes: Sequence[LayerShape], *, device: str) -> dict[tuple[str, int, str], ways.Choice]:
     """(kind, rows, layer) -> which way its products take on this machine, in the 16-bit type that is timed there.
 
     As layers of a model are multiplied: with 8-bit activations and dense codes if the environment asks for them, and
@@ -68,13 +68,13 @@ def choices(shapes: Sequence[LayerShape], *, device: str) -> dict[tuple[str, int
     found = {}
     for kind, rows, shape in itertools.product(KINDS, rooflines.BATCHES, shapes):
         parts = rooflines.described(shape, kind)
-        found[kind, rows, str(shape)] = dispatch.explain(
+        found[kind, rows, str(shape)] = ways.explain(
             parts,
             device=where,
             dtype=dtype,
             rows=rows,
             int8_activations=int8_activations_asked(),
-            dense_codes=dispatch.dense_codes_pay(parts, device=where) > 0 if asked is None else asked,
+            dense_codes=ways.dense_codes_pay(parts, device=where) > 0 if asked is None else asked,
         )
     return found
 

@@ -2,16 +2,8 @@
 
     weight = prepare(parts)                # tensors of format ctp, on the CPU or a GPU
     y = matmul(x, weight)
-    explain(parts, device="cuda", dtype=torch.float16, rows=1)    # which way, and why none of the others
 
-Ways:
-
-- triton: the kernels of `ctp_kernels.triton`, on GPUs;
-- triton dense: for many rows of x, weights made dense by a kernel and multiplied by PyTorch's product;
-- packed: codes decoded in registers on the CPU, for some rows (`ctp_kernels.packed`); packed int8: the same with x
-  rounded to 8 bits, where that is asked for;
-- int4: PyTorch's product with 4-bit weights on the CPU, for few rows of bfloat16, where there is no compiler;
-- dense: weights made dense for each product (`ctp_kernels.unpack`), anywhere.
+`ctp_kernels.ways` says what ways there are, chooses, and explains.
 
 A layer is held once: as it is stored, or, from its first product on, in the form that its way wants. `Weight.stored`
 gives back the stored form to the last bit, so the two never take memory at the same time.
@@ -21,7 +13,7 @@ M=rows (batch x tokens) N=outputs K=inputs G=groups
 
 from bisect import bisect_left
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -30,83 +22,27 @@ from torch.nn import functional
 
 from ctp_kernels import densified, packed
 from ctp_kernels.arithmetic import wide
-from ctp_kernels.cpu.build import cpu_features
+from ctp_kernels.int4_product import Int4Layer
 from ctp_kernels.packed import PackedLayer
 from ctp_kernels.ragged import pack_bits, pack_kept, row_starts
 from ctp_kernels.reference import PackedParts
 from ctp_kernels.triton import layouts, ops
 from ctp_kernels.unpack import dense_rows
-
-TRITON, TRITON_DENSE, INT4, DENSE = "triton", "triton dense", "int4", "dense"
-PACKED_INT8, PACKED = "packed int8", "packed"
-WAYS = (TRITON, TRITON_DENSE, PACKED_INT8, PACKED, INT4, DENSE)
-"""In the order in which they are asked for."""
-_WHY = {
-    TRITON: "weights are multiplied as they are packed",
-    TRITON_DENSE: "with this many rows, making weights dense once is little work beside the product",
-    PACKED_INT8: "as packed, with activations rounded to 8 bits, as was asked for",
-    PACKED: "codes are decoded in registers and multiplied at once",
-    INT4: "PyTorch multiplies with 4-bit codes, and nothing is made dense",
-    DENSE: "weights are made dense for each product, which works anywhere",
-}
-_MANY_ROWS, _MANY_ROWS_MASKED = 128, 64
-"""Up to here weights are multiplied as they are packed on a GPU. On an H200 that took 23 us for 128 rows of 4096 x 4096
-weights with dense codes, and 21 for 64 rows of 8:16, where float16 weights took 14 and 13. Making them dense was not
-timed; writing and reading 34 MB takes 10 at least, so the times meet about here, and earlier for bitmaps (47 us)."""
-_SOME_ROWS = 128
-"""Up to here decoding in registers was faster than dense weights on a processor with AVX2: 1.2 to 2.5 times with 4096 x
-4096 weights, as fast with 576 x 576. They meet between 128 and 256 rows, with a bitmap later."""
-_FEW_ROWS = 16
-"""Up to here PyTorch's int4 product, whose time grows with the rows, was over four times as fast as dense weights on a
-processor with AVX2. They met near 64 rows there; where products are faster they meet earlier."""
-
-
-@dataclass(frozen=True)
-class Choice:
-    """The way a product takes, and for each other way why not. `str` of it is one line for each.
-
-    dense_codes: weights that a mask leaves out have codes, too.
-    """
-
-    way: str
-    others: dict[str, str]
-    dense_codes: bool = False
-
-    def __str__(self) -> str:
-        how = ", with a code for every weight" if self.dense_codes else ""
-        lines = [f"{self.way}{how}: {_WHY[self.way]}", *(f"not {way}: {why}" for way, why in self.others.items())]
-        return "\n".join(lines)
-
-
-def explain(
-    parts: PackedParts,
-    *,
-    device: torch.device | str,
-    dtype: torch.dtype,
-    rows: int,
-    int8_activations: bool = False,
-    dense_codes: bool = False,
-) -> Choice:
-    """Which way y = x W^T takes for `rows` rows of x in `dtype` on `device`, and why.
-
-    Shapes and types of `parts` are what counts: they may be on the meta device. A GPU that is not there is taken for
-    one that the kernels support.
-    """
-    densify = dense_codes and parts.mask is not None
-    about = densified.described(parts) if densify else parts
-    return replace(_choose(about, torch.device(device), dtype, rows, {}, int8_activations), dense_codes=densify)
-
-
-def dense_codes_pay(parts: PackedParts, *, device: torch.device | str) -> int:
-    """Bytes that `dense_codes` would add, if it made products with such a layer faster on `device`; else 0.
-
-    On CPUs it does where AVX2 decodes (docs/kernels.md has times). AVX-512 VBMI2 expands 64 codes at once, so that
-    reading is what takes the time. GPUs differ too much to say. `parts` as in `explain`.
-    """
-    decoding = explain(parts, device=device, dtype=torch.float32, rows=1).way == PACKED
-    if parts.mask is None or not decoding or "avx512_vbmi2" in cpu_features():
-        return 0
-    return densified.described(parts).codes.numel() - parts.codes.numel()
+from ctp_kernels.ways import (
+    DENSE,
+    FEW_ROWS,
+    INT4,
+    PACKED,
+    PACKED_INT8,
+    SOME_ROWS,
+    TRITON,
+    TRITON_DENSE,
+    Choice,
+    choose,
+    dense_codes_pay,
+    most_rows,
+    unequal_groups,
+)
 
 
 def prepare(parts: PackedParts, *, int8_activations: bool = False, dense_codes: bool = False) -> "Weight":
@@ -156,16 +92,16 @@ class Weight:
         self._refused: dict[str, str] = {}
         self._starts_N = _checked_starts(parts)
         self._about = _moved(parts, torch.device("meta"))
-        self._bounds = sorted((0, _FEW_ROWS, _SOME_ROWS, _most_rows(self._about)))
+        self._bounds = sorted((0, FEW_ROWS, SOME_ROWS, most_rows(self._about)))
         self.outputs, self.inputs, self.device = parts.outputs, self._about.inputs, parts.codes.device
         if dense_codes:
             self.use_dense_codes()
-        if parts.g_idx is not None and (refusal := _unequal_groups(parts)):
+        if parts.g_idx is not None and (refusal := unequal_groups(parts)):
             self._refused = {TRITON: refusal, TRITON_DENSE: refusal}
 
     def explain(self, dtype: torch.dtype, rows: int) -> Choice:
-        """As the function of that name, for this layer where it is."""
-        choice = _choose(self._about, self.device, dtype, rows, self._refused, self.int8_activations)
+        """As the function of that name in `ways`, for this layer where it is."""
+        choice = choose(self._about, self.device, dtype, rows, self._refused, self.int8_activations)
         return replace(choice, dense_codes=self._mask is not None)
 
     def use_dense_codes(self) -> None:
@@ -173,11 +109,11 @@ class Weight:
         mask = self.restore().mask
         if mask is not None:
             self._mask, self._about = mask.cpu(), densified.described(self._about)
-            self._bounds = sorted((0, _FEW_ROWS, _SOME_ROWS, _most_rows(self._about)))
+            self._bounds = sorted((0, FEW_ROWS, SOME_ROWS, most_rows(self._about)))
             self._ways.clear()
 
     def dense_codes_pay(self) -> int:
-        """As the function of that name, for this layer where it is."""
+        """As the function of that name in `ways`, for this layer where it is."""
         return dense_codes_pay(self._about, device=self.device)
 
     @property
@@ -192,7 +128,7 @@ class Weight:
         assert self._own is not None
         if isinstance(self._own, layouts.PackedWeight):
             found = _stored(self._own, self._about, self._g_idx)
-        elif isinstance(self._own, _Int4):
+        elif isinstance(self._own, Int4Layer):
             found = self._own.stored()
         else:
             found = self._own.stored(self._g_idx)
@@ -217,7 +153,7 @@ class Weight:
             rest = {"scales": self._own.parts.scales, "zeros": self._own.parts.zeros, "g_idx": self._g_idx}
             return own | {name: tensor for name, tensor in rest.items() if tensor is not None}
         own = {f"own_{name}": tensor for name, tensor in self._own.tensors().items()}
-        if isinstance(self._own, _Int4):
+        if isinstance(self._own, Int4Layer):
             return own | {name: x for name, x in _tensors(self._own.rest).items() if name != "codes"}
         return own if self._g_idx is None else own | {"g_idx": self._g_idx}
 
@@ -228,7 +164,7 @@ class Weight:
         if isinstance(self._own, PackedLayer):
             dense_NK = _dense(self._own.parts, self._own.starts_N, dtype)
             return dense_NK if self._own.order is None else dense_NK[:, self._own.order.argsort()]
-        if isinstance(self._own, _Int4):
+        if isinstance(self._own, Int4Layer):
             parts = self._own.stored()
             return _dense(parts, _checked_starts(parts), dtype)
         return _dense(self.stored(), self._starts_N, dtype)
@@ -267,9 +203,9 @@ def _multiplied(x: Tensor, weight: Weight) -> Tensor:
     if isinstance(form, PackedLayer):
         return _packed_product(x.dtype, weight.int8_activations)(x, form)
     x_MK = x.reshape(-1, weight.inputs)
-    if isinstance(form, layouts.PackedWeight) and rows <= _most_rows(weight._about):
+    if isinstance(form, layouts.PackedWeight) and rows <= most_rows(weight._about):
         y_MN = ops.matmul(x_MK, form)
-    elif isinstance(form, _Int4):
+    elif isinstance(form, Int4Layer):
         y_MN = form.matmul(x_MK)
     else:
         y_MN = functional.linear(wide(x_MK), weight.dense(wide(x_MK).dtype)).to(x.dtype)
@@ -297,66 +233,13 @@ class _Product(torch.autograd.Function):
         return gx_MK.view(*outer[0].shape[:-1], weight.inputs), None
 
 
-@dataclass(frozen=True)
-class _Int4:
-    """A dense layer of 4-bit codes as PyTorch's product wants it.
-
-    packed (N, K / 2) uint8, in an order that depends on the processor: blocks of `width` outputs, whose two halves, or
-    whose neighbours, share bytes. scales_and_shifts_GN2 bfloat16: w = (code - 8) * scale + shift. rest: the stored
-    parts; their codes are on the meta device.
-    """
-
-    packed: Tensor
-    scales_and_shifts_GN2: Tensor
-    width: int
-    neighbours: bool
-    rest: PackedParts
-
-    @classmethod
-    def of(cls, parts: PackedParts) -> "_Int4":
-        """Raises: ValueError if this processor's order is not known, in which codes could not be given back."""
-        codes_NB = parts.codes.view(parts.outputs, -1)
-        codes_NK = torch.stack([codes_NB & 15, codes_NB >> 4], 2).flatten(1).int()
-        packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes_NK, 1)
-        scales_NG = parts.scales.float()
-        shifts_NG = torch.zeros_like(scales_NG) if parts.zeros is None else (8 - parts.zeros.float()) * scales_NG
-        grid_GN2 = torch.stack([scales_NG.T, shifts_NG.T], 2).bfloat16().contiguous()
-        rest = replace(parts, codes=parts.codes.to("meta"))
-        for width, neighbours in ((64, False), (32, False), (32, True)):
-            made = cls(packed, grid_GN2, width, neighbours, rest)
-            if torch.equal(made.codes(), codes_NB):
-                return made
-        raise ValueError("the order in which PyTorch packs codes is not known on this processor")
-
-    def codes(self) -> Tensor:
-        """(N, K / 2) uint8 as they are stored."""
-        outputs, per_row = self.packed.shape
-        blocks = self.packed.view(outputs // self.width, per_row * 2, self.width // 2)
-        halves = [(x[:, 0::2] | x[:, 1::2] << 4).transpose(1, 2) for x in (blocks & 15, blocks >> 4)]
-        joined = torch.stack(halves, 2) if self.neighbours else torch.cat(halves, 1)
-        return joined.reshape(outputs, per_row)
-
-    def stored(self) -> PackedParts:
-        return replace(self.rest, codes=self.codes().view(self.rest.codes.shape))
-
-    def tensors(self) -> dict[str, Tensor]:
-        return {"packed": self.packed, "grid": self.scales_and_shifts_GN2}
-
-    def matmul(self, x_MK: Tensor) -> Tensor:
-        group_size = self.packed.shape[1] * 2 // self.scales_and_shifts_GN2.shape[0]
-        y_MN: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(
-            x_MK.contiguous(), self.packed, group_size, self.scales_and_shifts_GN2
-        )
-        return y_MN
-
-
-_Own = layouts.PackedWeight | PackedLayer | _Int4
+_Own = layouts.PackedWeight | PackedLayer | Int4Layer
 _FORMS: dict[str, Any] = {
     TRITON: layouts.PackedWeight,
     TRITON_DENSE: layouts.PackedWeight,
     PACKED_INT8: PackedLayer,
     PACKED: PackedLayer,
-    INT4: _Int4,
+    INT4: Int4Layer,
 }
 
 
@@ -374,97 +257,6 @@ def _dense(parts: PackedParts, starts_N: Tensor, dtype: torch.dtype) -> Tensor:
     return dense_rows(
         parts.codes, parts.mask, starts_N, parts.scales, zeros_NG, bits=parts.bits, dtype=dtype, g_idx_I=parts.g_idx
     )
-
-
-def _choose(
-    parts: PackedParts,
-    device: torch.device,
-    dtype: torch.dtype,
-    rows: int,
-    refused: dict[str, str],
-    int8_activations: bool,
-) -> Choice:
-    kernels = _against_triton(parts, device, dtype)
-    on_cpu = _against_packed(parts, device, dtype, rows)
-    most = _most_rows(parts)
-    obstacles = {
-        TRITON: kernels or (f"more than {most} rows" if rows > most else ""),
-        TRITON_DENSE: kernels or (f"no more than {most} rows" if rows <= most else ""),
-        PACKED_INT8: on_cpu or ("" if int8_activations else "rounding activations to 8 bits was not asked for"),
-        PACKED: on_cpu,
-        INT4: _against_int4(parts, device, dtype, rows),
-        DENSE: "",
-    }
-    obstacles |= {way: obstacles[way] or why for way, why in refused.items()}
-    chosen = next(way for way in WAYS if not obstacles[way])
-    return Choice(chosen, {way: obstacles[way] or f"{chosen} comes first" for way in WAYS if way != chosen})
-
-
-def _most_rows(parts: PackedParts) -> int:
-    """Of x, that are multiplied with weights as they are packed on a GPU."""
-    return _MANY_ROWS if parts.mask is None else _MANY_ROWS_MASKED
-
-
-def _against_triton(parts: PackedParts, device: torch.device, dtype: torch.dtype) -> str:
-    """Why the kernels cannot take this product; empty if they can."""
-    groups, inputs = parts.scales.shape[1], parts.inputs
-    if device.type != "cuda" and not ops.interpreted():
-        return f"needs a GPU, and this is {device.type}"
-    if not ops.available():
-        return "triton is not installed: pip install 'ctp[gpu]'"
-    if device.type == "cuda" and torch.cuda.is_available() and not torch.version.hip:
-        major, minor = torch.cuda.get_device_capability(device)
-        if major < 8:
-            return f"needs compute capability 8.0, this GPU has {major}.{minor}"
-    if dtype not in ops.DTYPES:
-        return f"does not take {dtype}"
-    if ops.interpreted() and dtype == torch.bfloat16:
-        return "triton's interpreter gets bfloat16 wrong"
-    if groups > 1 and inputs // groups % 16:
-        return f"groups of {inputs // groups} inputs are no multiple of 16"
-    if parts.g_idx is not None and not parts.g_idx.is_meta:
-        return _unequal_groups(parts)
-    return ""
-
-
-def _against_packed(parts: PackedParts, device: torch.device, dtype: torch.dtype, rows: int) -> str:
-    """Why products that decode in registers cannot take this one, or should not; empty if one is the one to take."""
-    if device.type != "cpu":
-        return f"for the CPU, and this is {device.type}"
-    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        return f"does not take {dtype}"
-    if not 1 <= rows <= _SOME_ROWS:
-        return f"is faster up to {_SOME_ROWS} rows, not with {rows}"
-    if not packed.available():
-        return "needs a processor with AVX2, and a C++ compiler"
-    return packed.refusal(parts)
-
-
-def _against_int4(parts: PackedParts, device: torch.device, dtype: torch.dtype, rows: int) -> str:
-    """Why PyTorch's int4 product cannot take this one, or should not; empty if it is the one to take."""
-    group_size = parts.inputs // parts.scales.shape[1]
-    if device.type != "cpu":
-        return f"for the CPU, and this is {device.type}"
-    if parts.bits != 4 or parts.mask is not None:
-        return f"takes 4 bits without a mask, not {parts.bits} bits{'' if parts.mask is None else ' with a mask'}"
-    if parts.g_idx is not None or group_size not in (32, 64, 128, 256):
-        return "takes groups that are runs of 32, 64, 128 or 256 inputs"
-    if parts.outputs % 64:
-        return f"takes outputs in blocks of 64, not {parts.outputs}"
-    if dtype != torch.bfloat16:
-        return f"is fast with bfloat16, and many times slower with {dtype}"
-    if not 1 <= rows <= _FEW_ROWS:
-        return f"is faster up to {_FEW_ROWS} rows, not with {rows}"
-    if "avx2" not in cpu_features():
-        return "this processor has no AVX2, without which it is slow"
-    return ""
-
-
-def _unequal_groups(parts: PackedParts) -> str:
-    assert parts.g_idx is not None
-    groups = parts.scales.shape[1]
-    equal = bool((parts.g_idx.long().bincount(minlength=groups) * groups == parts.inputs).all())
-    return "" if equal else "needs groups of as many inputs each"
 
 
 def _checked_starts(parts: PackedParts) -> Tensor:

@@ -74,7 +74,7 @@ class ProductRow:
     rows: int
     product: str
     way: str
-    """Of `ctp_kernels.dispatch`, "" for products that are not ours."""
+    """Of `ctp_kernels.ways`, "" for products that are not ours."""
     moved_bytes: int
     """Weights as they are stored, x and y: the least that has to be read and written."""
     copies: int
@@ -220,7 +220,7 @@ def predictions(shapes: Sequence[LayerShape], *, rows: int = 1) -> tuple[Predict
 
 
 def described(shape: LayerShape, kind: str, *, bits: int = 4) -> PackedParts:
-    """Parts of a layer of this kind on the meta device, for `dispatch.explain`; half of its weights are kept."""
+    """Parts of a layer of this kind on the meta device, for `ways.explain`; half of its weights are kept."""
     outputs, inputs = shape.outputs, shape.inputs
     stored = inputs if kind == "dense" else inputs // 2
     return PackedParts(

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from ctp_kernels import dispatch, onnx_product, packed, rooflines
-from ctp_kernels.dispatch import explain
+from ctp_kernels import onnx_product, packed, rooflines, ways
 from ctp_kernels.rooflines import KINDS, LayerShape
+from ctp_kernels.ways import explain
 from tiny_models import tiny_model
 from typer.testing import CliRunner
 
@@ -56,21 +56,21 @@ def test_an_artifact_with_times_figure_and_manifest(llama: Path) -> None:
 
 
 def test_the_environment_s_say_on_a_way_is_explained(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def ways() -> dict[str, str]:
+    def chosen() -> dict[str, str]:
         found = stage.choices(stage.layer_shapes(llama), device="cpu")
         return {kind: choice.way for (kind, rows, shape), choice in found.items() if (rows, shape) == (1, "64 x 64")}
 
     monkeypatch.delenv("CTP_INT8_ACTIVATIONS", raising=False)
     monkeypatch.setattr(packed, "available", lambda: True)
-    assert set(ways().values()) == {"packed"}
+    assert set(chosen().values()) == {"packed"}
     monkeypatch.setenv("CTP_INT8_ACTIVATIONS", "1")
-    assert set(ways().values()) == {"packed int8"}
+    assert set(chosen().values()) == {"packed int8"}
     monkeypatch.setattr(packed, "available", lambda: False)
-    monkeypatch.setattr(dispatch, "_against_int4", lambda parts, *_: "" if parts.mask is None else "a mask")
+    monkeypatch.setattr(ways, "_against_int4", lambda parts, *_: "" if parts.mask is None else "a mask")
     monkeypatch.setenv("CTP_DENSE_CODES", "0")
-    assert {kind for kind, way in ways().items() if way == "int4"} == {"dense"}
+    assert {kind for kind, way in chosen().items() if way == "int4"} == {"dense"}
     monkeypatch.setenv("CTP_DENSE_CODES", "1")
-    assert set(ways().values()) == {"int4"}
+    assert set(chosen().values()) == {"int4"}
 
 
 def test_json_is_one_document(llama: Path) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from ctp_kernels import dispatch
+from ctp_kernels import dispatch, ways
 from safetensors.torch import load_file, save_file
 from tiny_models import VOCAB_SIZE, tiny_model
 from torch import nn
@@ -89,7 +89,7 @@ def test_pruned_layers_are_multiplied_as_dense_codes_where_that_pays_and_memory_
 ) -> None:
     path = compressed("llama_tied_gqa", tmp_path, sparsity=0.5)
     monkeypatch.delenv("CTP_DENSE_CODES", raising=False)
-    monkeypatch.setattr(dispatch, "cpu_features", lambda: frozenset(features))
+    monkeypatch.setattr(ways, "cpu_features", lambda: frozenset(features))
     monkeypatch.setattr(dispatch.packed, "available", lambda: True)
     tensors = {name: tensor for file in path.glob("*.safetensors") for name, tensor in load_file(file).items()}
     masks = {name: tensor for name, tensor in tensors.items() if name.endswith(".mask")}

@@ -5,7 +5,7 @@ import sys
 from dataclasses import replace
 
 import torch
-from ctp_kernels import dispatch, reference
+from ctp_kernels import dispatch, reference, ways
 from ctp_kernels.triton.layouts import PackedWeight
 from packed_layers import random_parts
 from test_dispatch import distance, same_bits
@@ -13,7 +13,7 @@ from test_dispatch import distance, same_bits
 
 def checked(parts: reference.PackedParts, dtype: torch.dtype, *, dense_codes: bool = False) -> dict[str, object]:
     generator = torch.Generator().manual_seed(3)
-    weight, errors, ways = dispatch.prepare(parts, dense_codes=dense_codes), [], []
+    weight, errors, taken = dispatch.prepare(parts, dense_codes=dense_codes), [], []
     for rows in (2, 5):  # the second is many
         x = torch.randn(rows, parts.inputs, generator=generator).to(dtype).requires_grad_()
         gy = torch.randn(rows, parts.outputs, generator=generator).to(dtype)
@@ -23,17 +23,17 @@ def checked(parts: reference.PackedParts, dtype: torch.dtype, *, dense_codes: bo
         assert x.grad is not None
         errors.append(distance(y, reference.matmul(x.detach().double(), parts)))
         errors.append(distance(x.grad, reference.input_gradient(gy.double(), parts)))
-        ways.append(weight.explain(dtype, rows).way)
+        taken.append(weight.explain(dtype, rows).way)
     return {
         "errors": errors,
-        "ways": ways,
+        "ways": taken,
         "same_bits": same_bits(weight.stored(), parts) and same_bits(weight.restore(), parts) and weight.form is None,
         "bfloat16": weight.explain(torch.bfloat16, 40).way,
     }
 
 
 if __name__ == "__main__":
-    dispatch._MANY_ROWS = dispatch._MANY_ROWS_MASKED = 4
+    ways._MANY_ROWS = ways._MANY_ROWS_MASKED = 4
     torch.set_num_threads(1)
     found = {}
     for number, layout in enumerate(("dense", "2:4", "8:16", "bitmap")):

@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from ctp_kernels import dispatch, reference
+from ctp_kernels import dispatch, reference, ways
 from ctp_kernels.reference import PackedParts
 from packed_layers import random_parts
 
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 3e-3}
-AVX2 = "avx2" in dispatch.cpu_features()
+AVX2 = "avx2" in ways.cpu_features()
 needs_packed = pytest.mark.skipif(not dispatch.packed.available(), reason="there is no AVX2, or no C++ compiler")
 needs_avx2 = pytest.mark.skipif(not AVX2, reason="PyTorch's int4 product is taken on processors with AVX2")
 
@@ -73,8 +73,7 @@ def test_products_and_gradients_are_the_oracles(
 def test_dense_codes_change_nothing_about_groups_that_a_way_refuses() -> None:
     parts = replace(layer("bitmap"), g_idx=torch.arange(256) % 3)
     told = [
-        dispatch.explain(parts, device="cuda", dtype=torch.float16, rows=1, dense_codes=asked)
-        for asked in (False, True)
+        ways.explain(parts, device="cuda", dtype=torch.float16, rows=1, dense_codes=asked) for asked in (False, True)
     ]
     assert [choice.way for choice in told] == ["dense", "dense"]
     assert all("groups of as many inputs each" in choice.others["triton"] for choice in told)
@@ -99,7 +98,7 @@ def test_a_mask_can_give_way_to_dense_codes_and_comes_back(
         monkeypatch.setattr(dispatch.packed, "available", lambda: False)
     x = torch.randn(3, 256, generator=torch.Generator().manual_seed(0)).bfloat16().requires_grad_()
     weight = dispatch.prepare(parts, dense_codes=True)
-    told = dispatch.explain(parts, device="cpu", dtype=torch.bfloat16, rows=3, dense_codes=True)
+    told = ways.explain(parts, device="cpu", dtype=torch.bfloat16, rows=3, dense_codes=True)
     assert weight.explain(torch.bfloat16, 3) == told
     y = dispatch.matmul(x, weight)
     y.backward(torch.ones_like(y))
@@ -170,7 +169,7 @@ def test_the_int4_form_is_the_only_one_held_and_gives_back_what_was_stored(symme
 def test_an_unknown_order_of_codes_is_refused_and_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     parts = layer()
     monkeypatch.setattr(dispatch.packed, "available", lambda: False)
-    monkeypatch.setattr(dispatch._Int4, "codes", lambda form: form.packed)
+    monkeypatch.setattr(dispatch.Int4Layer, "codes", lambda form: form.packed)
     weight = dispatch.prepare(parts)
     x = torch.randn(2, 256).bfloat16()
     assert distance(dispatch.matmul(x, weight), reference.matmul(x.double(), parts)) < 3e-3
@@ -215,30 +214,30 @@ def test_the_choice_and_its_reasons(
     why_not: tuple[str, str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(dispatch.ops, "available", lambda: True)
+    monkeypatch.setattr(ways.ops, "available", lambda: True)
     monkeypatch.setattr(dispatch.packed, "available", lambda: True)
-    choice = dispatch.explain(parts, device=device, dtype=dtype, rows=rows)
+    choice = ways.explain(parts, device=device, dtype=dtype, rows=rows)
     assert choice.way == way
     assert why_not[1] in choice.others[why_not[0]]
     lines = str(choice).splitlines()
-    assert len(lines) == len(dispatch.WAYS)
+    assert len(lines) == len(ways.WAYS)
     assert lines[0].startswith(f"{way}: ")
     assert any(line.startswith(f"not {why_not[0]}: ") and why_not[1] in line for line in lines)
 
 
 def test_choices_that_depend_on_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    def choice(device: str) -> dispatch.Choice:
-        return dispatch.explain(layer(), device=device, dtype=torch.bfloat16, rows=1)
+    def choice(device: str) -> ways.Choice:
+        return ways.explain(layer(), device=device, dtype=torch.bfloat16, rows=1)
 
     monkeypatch.setattr(dispatch.packed, "available", lambda: True)
     assert choice("cpu").way == "packed"
     monkeypatch.setattr(dispatch.packed, "available", lambda: False)
     assert "C++ compiler" in choice("cpu").others["packed"]
-    monkeypatch.setattr(dispatch, "cpu_features", lambda: frozenset({"avx2"}))
+    monkeypatch.setattr(ways, "cpu_features", lambda: frozenset({"avx2"}))
     assert choice("cpu").way == "int4"
-    monkeypatch.setattr(dispatch, "cpu_features", frozenset)
+    monkeypatch.setattr(ways, "cpu_features", frozenset)
     assert choice("cpu").way == "dense"
-    monkeypatch.setattr(dispatch.ops, "available", lambda: False)
+    monkeypatch.setattr(ways.ops, "available", lambda: False)
     assert "pip install" in choice("cuda").others["triton"]
 
 
@@ -252,7 +251,7 @@ def test_activations_are_8_bit_where_that_was_asked_for() -> None:
     assert distance(dispatch.matmul(many, weight), wanted.repeat(43, 1)) < 3e-3
     assert weight.explain(torch.bfloat16, 3).way == "packed int8"
     assert weight.explain(torch.bfloat16, 129).way == "dense"
-    with_it = dispatch.explain(parts, device="cpu", dtype=torch.float32, rows=1, int8_activations=True)
+    with_it = ways.explain(parts, device="cpu", dtype=torch.float32, rows=1, int8_activations=True)
     assert (with_it.way, with_it.others["packed"]) == ("packed int8", "packed int8 comes first")
 
 
