@@ -132,7 +132,7 @@ def workspace(output: Path, *, kind: str, identity: Mapping[str, Any], force: bo
                 f"another ctp process is making {output}", hint="wait for it, or choose another -o"
             ) from None
         refuse_existing(output, force=force)  # again, now that nobody else can make it
-        resumed = _open_partial(partial, plain, force=force)
+        resumed = _open_partial(partial, plain, goes_on=refuse_other_work(output, plain, force=force))
         try:
             yield Workspace(partial, output, kind, plain, resumed, force)
         finally:
@@ -204,21 +204,31 @@ def refuse_existing(output: Path, *reads: Path | None, force: bool) -> None:
         )
 
 
-def _open_partial(partial: Path, identity: dict[str, Any], *, force: bool) -> bool:
+def refuse_other_work(output: Path, identity: Mapping[str, Any], *, force: bool = False) -> bool:
+    """Whether unfinished work of these settings is there. Raises OutputError if another's is, unless `force`."""
+    partial = unfinished(output)
+    if not partial.exists():
+        return False
+    before, now = _identity_in(partial), json.loads(json.dumps(identity, default=str))
+    if before == now:
+        return True
+    if not partial.is_dir() or (before is None and any(partial.iterdir())):
+        raise OutputError(f"{partial} is there and was not made by ctp", hint="move it away")
+    if before is not None and not force:
+        lines = "; ".join(differences(before, now))
+        raise OutputError(
+            f"{partial} holds unfinished work with other settings: {lines}",
+            hint="repeat the first command to go on with it, choose another -o, or start over with --force",
+        )
+    return False
+
+
+def _open_partial(partial: Path, identity: dict[str, Any], *, goes_on: bool) -> bool:
     if partial.exists():
-        before = _identity_in(partial)
-        if before == identity:
+        if goes_on:
             (partial / MANIFEST).unlink(missing_ok=True)  # killed while finishing; it is no part of what it lists
             write_json(partial / IDENTITY, identity)
             return True
-        if not partial.is_dir() or (before is None and any(partial.iterdir())):
-            raise OutputError(f"{partial} is there and was not made by ctp", hint="move it away")
-        if before is not None and not force:
-            lines = "; ".join(differences(before, identity))
-            raise OutputError(
-                f"{partial} holds unfinished work with other settings: {lines}",
-                hint="repeat the first command to go on with it, choose another -o, or start over with --force",
-            )
         shutil.rmtree(partial)
     partial.mkdir()
     write_json(partial / IDENTITY, identity)

@@ -4,6 +4,7 @@ A recipe file states only what differs from the defaults. The command line build
 """
 
 import difflib
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -70,12 +71,15 @@ def _read_size(value: Any) -> Any:
         match = _SIZE.match(value)
         if match is None:
             raise ValueError("give a size such as 500MB, 4GB or 1.5TB")
-        return int(float(match[1]) * _UNIT_BYTES[match[2].upper()])
+        size = float(match[1]) * _UNIT_BYTES[match[2].upper()]
+        if not math.isfinite(size):
+            raise ValueError("is more than any machine has")
+        return int(size)
     return value
 
 
 Bytes = Annotated[int, BeforeValidator(_read_size), Field(gt=0)]
-Seconds = Annotated[float, BeforeValidator(_read_time), Field(gt=0)]
+Seconds = Annotated[float, BeforeValidator(_read_time), Field(gt=0, allow_inf_nan=False)]
 Sparsity = Annotated[float | str | None, AfterValidator(_check_sparsity)]
 
 
@@ -182,11 +186,13 @@ class CompressSection(Section):
         prunes, quantizes, tunes = self.sparsity is not None, self.bits is not None, self.tune_windows > 0
         gptq = quantizes and self.quantizer == "gptq"
         sparsegpt = prunes and self.pruner == "sparsegpt"
+        fits = prunes and self.pruner in ("alternating", "sparsegpt")
         effects = {
             "sparsity": (prunes, ("pruner", "rounds")),
             "bits": (quantizes, ("group_size", "symmetric", "mse_clip", "quantizer", "refine")),
             "tune_windows": (tunes, ("tune", "tune_learning_rate")),
             "quantizer gptq or pruner sparsegpt": (gptq or sparsegpt, ("act_order",)),
+            "quantizer gptq, or pruner alternating or sparsegpt": (gptq or fits, ("target", "dampening")),
         }
         if prunes:
             effects["pruner alternating"] = self.pruner == "alternating", ("rounds",)

@@ -13,6 +13,7 @@ import pytest
 import torch
 import typer
 from safetensors.torch import load_file
+from tiny_models import tiny_model
 from typer.testing import CliRunner, Result
 
 from ctp_cli.app import app
@@ -207,12 +208,42 @@ def test_several_formats_hold_the_same_codes(trained: Path, place: Path) -> None
     shutil.rmtree(place / "out-dense")  # as after an interruption before the last format
     refused = ctp("compress", trained, *formats, *text, "--group-size", 32, code=2)
     assert "exists" in refused.stderr
+    Path("other.txt").write_text("Another text, long enough for a few windows of sixty-four tokens each. " * 40)
+    refused = ctp("compress", trained, *formats, "--calibration", "other.txt", *text[2:], code=2)
+    assert "exists" in refused.stderr
+    assert "would compress" in ctp("compress", trained, *formats, *text, "--dry-run").stdout
     again = ctp("compress", trained, *formats, *text)
     assert again.stdout.splitlines()[-3:] == ["out", "out-ctp", "out-dense"]
     assert "made already" in again.stderr
     assert json.loads((place / "out" / "ctp.json").read_text()) == manifests[0]
     dense = load_model(place / "out-dense").state_dict()
     assert all(torch.equal(weights[2][name], dense[name]) for name in dense)
+
+
+def test_a_format_that_does_not_fit_is_refused_before_the_work(trained: Path, place: Path) -> None:
+    model = tiny_model("llama", place / "odd", hidden_size=40, intermediate_size=104, head_dim=8, num_attention_heads=5)
+    text = ("--calibration", "pydoc:train", "--windows", 4, "--seqlen", 64)
+    asked = ("--bits", 4, "--group-size", "row", "--format", "ctp,gptq", "-o", "out")
+    for more in ((), ("--dry-run",)):
+        refused = ctp("compress", model, *asked, *text, *more, code=2)
+        assert "no multiple of 32, which format gptq needs" in refused.stderr
+    assert not list(place.glob("out*"))
+
+
+def test_a_dry_run_refuses_what_the_command_would(trained: Path, place: Path) -> None:
+    text = ("--calibration", "pydoc:train", "--windows", 4, "--seqlen", 64)
+    (place / "out.partial").mkdir()
+    (place / "out.partial" / "notes.txt").write_text("mine")
+    for more in ((), ("--dry-run",)):
+        refused = ctp("compress", trained, "--bits", 4, *text, "-o", "out", *more, code=2)
+        assert "out.partial is there and was not made by ctp" in refused.stderr
+
+
+def test_a_text_too_short_for_what_was_asked_is_said(trained: Path, place: Path) -> None:
+    Path("short.txt").write_text("A text that is long enough for a few windows of sixty-four tokens each. " * 30)
+    said = ctp("compress", trained, "--bits", 4, "--calibration", "short.txt", "--windows", 16, "--seqlen", 64,
+               "--tune-windows", 8, "-o", "out").stderr  # fmt: skip
+    assert "windows of the 24 that were asked for; tuning sees" in said
 
 
 def test_a_kv_prefix_from_learning_to_evaluation(trained: Path, place: Path) -> None:

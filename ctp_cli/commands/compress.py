@@ -169,6 +169,7 @@ def compress(
             "compress.format: of several formats the first must be one of quantized weights",
             hint="put dense last, and give --bits",
         )
+    from ctp_cli.data.sources import load_text
     from ctp_cli.models.devices import resolve_device
     from ctp_cli.models.resolve import resolve_model
     from ctp_cli.stages import compress as stage
@@ -180,8 +181,12 @@ def compress(
     resolved = resolve_model(model or EMBEDDED, progress)
     path = output or Path(stage.output_name(resolved, section))
     beside = {one: path.with_name(f"{path.name}-{one}") for one in others if one is not None}
-    # what an interrupted command of several formats has finished is known by what it was made for
-    key = jsons.dumps([str(resolved.path), format, section.model_dump(mode="json")], sort_keys=True)
+    key = ""
+    if beside:
+        stage.check_formats(sections, model=resolved)  # before hours of work that end in one that does not fit
+        # what an interrupted command of several formats has finished is known by what it was made for
+        text = load_text(section.calibration or stage.default_text(resolved), default_part="train")
+        key = jsons.dumps([format, stage.identity(section, resolved, text)], sort_keys=True, default=str)
     made = {one for one in (path, *beside.values()) if (manifest_of(one) or {}).get("made_for") == key}
     if force or len(made) > len(beside):
         made = set()
@@ -189,7 +194,7 @@ def compress(
         if extra not in made:
             refuse_existing(extra, resolved.path, force=force)
     if dry_run:
-        plan = stage.dry_run(section, model=resolved, output=path, force=force)
+        plan = stage.dry_run(section, model=resolved, output=path, force=force or path in made)
         console.document("compress-plan", {**plan, "also_not_counted": [str(extra) for extra in beside.values()]})
         console.table("would compress", ("", ""), _plan_rows(plan, list(beside.values())))
         return

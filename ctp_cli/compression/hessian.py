@@ -97,6 +97,15 @@ def dampened(H_II: Tensor, share: float) -> Iterator[None]:
         H_II.diagonal().copy_(diagonal_I)
 
 
+def refuse_not_finite(H_II: Tensor, *, layer: str) -> None:
+    """Raises SolverError, naming the layer, if H holds NaN or infinity."""
+    if not all_finite(H_II):
+        raise SolverError(
+            f"{layer}: its calibration inputs hold NaN or infinity",
+            hint="does the uncompressed model run on this text?",
+        )
+
+
 def inverse_factor(
     H_II: Tensor, *, dampening: float, layer: str, order_I: Tensor | None = None
 ) -> tuple[Tensor, float]:
@@ -112,11 +121,7 @@ def inverse_factor(
         tenfold four times.
     Source: GPTQ (arXiv:2210.17323), section 3.3.
     """
-    if not all_finite(H_II):
-        raise SolverError(
-            f"{layer}: its calibration inputs hold NaN or infinity",
-            hint="does the uncompressed model run on this text?",
-        )
+    refuse_not_finite(H_II, layer=layer)
     if order_I is None:
         order_I = torch.arange(H_II.shape[0], device=H_II.device)
     order_I = order_I.to(H_II.device)

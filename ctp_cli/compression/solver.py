@@ -21,8 +21,9 @@ from torch import Tensor
 
 from ctp_cli.compression.alternating import prune_by_turns
 from ctp_cli.compression.grid import Grid, GridRule, fit_grid
-from ctp_cli.compression.hessian import dampened, inverse_factor
+from ctp_cli.compression.hessian import all_finite, dampened, inverse_factor, refuse_not_finite
 from ctp_cli.compression.masks import MaskRule, keep_largest, keep_per_output
+from ctp_cli.errors import SolverError
 
 BLOCK = 128
 """Inputs whose corrections are applied to all later inputs at once; also the span over which a mask is chosen."""
@@ -49,6 +50,11 @@ class SolverRule:
     def needs_hessian(self) -> bool:
         prunes = self.mask is not None and self.pruner != "magnitude"
         return prunes or (self.grid is not None and self.quantizer == "gptq")
+
+    @property
+    def moves_weights(self) -> bool:
+        """Whether kept weights move to make up for what is lost, so that another output can be aimed at."""
+        return self.feeds_back or (self.mask is not None and self.pruner == "alternating")
 
     @property
     def feeds_back(self) -> bool:
@@ -104,11 +110,14 @@ def solve(weights_OI: list[Tensor], H_II: Tensor | None, rule: SolverRule, *, la
 
     Shapes: each weight (O_k, I), any float dtype; H_II (I, I) float32, the mean of x x^T, or None for baselines that
         need no calibration.
-    Raises: SolverError, naming `layer`, if H cannot be factorized.
+    Raises: SolverError, naming `layer`, if H holds NaN or infinity or cannot be factorized, or if weights are too large
+        for scales of the grid's dtype.
     Source: GPTQ (arXiv:2210.17323), SparseGPT (arXiv:2301.00774); the grid of a group is fitted when the solver arrives
         at it, on weights that already carry all corrections. With act_order "static" inputs of all groups take turns,
         so every group's grid is fitted before the first of them, on the weights given (static_groups in GPTQ).
     """
+    if H_II is not None:
+        refuse_not_finite(H_II, layer=layer)
     given_OI = weights_OI
     if rule.mask is not None and rule.pruner == "alternating":
         assert H_II is not None, "fits need a Hessian"
@@ -138,6 +147,11 @@ def solve(weights_OI: list[Tensor], H_II: Tensor | None, rule: SolverRule, *, la
         static = _StaticGrids.fit(W_IO, rule.grid, fixed_keep_IO, order_I) if rule.static_grids else None
         done = _sweep(W_IO, U_II, mask, rule.grid, fixed_keep_IO, spans, static)
     solutions = [_solution(done, span, order_I, rule, dampening) for span in spans]
+    if rule.grid is not None and not all(s.codes is None or all_finite(s.codes.scales_OG) for s in solutions):
+        raise SolverError(
+            f"{layer}, or one with the same inputs: its weights are too large for {rule.grid.scale_dtype} scales",
+            hint="compress a checkpoint whose weights are of usual size",
+        )
     if rule.refine and rule.grid is not None and rule.quantizer == "gptq":
         assert H_II is not None
         del W_IO, U_II, done
@@ -378,4 +392,4 @@ def _group_index(order_I: Tensor, back_I: Tensor, group: int) -> tuple[Tensor, l
     natural_I = torch.arange(order_I.numel()) // group
     if torch.equal(order_I.view(-1, group).amin(1) // group, order_I.view(-1, group).amax(1) // group):
         return natural_I.int(), fitted_I[::group].tolist()
-    return fitted_I.int(), list(range(order_I.numel() // group))
+    return fitted_I.int().cpu(), list(range(order_I.numel() // group))

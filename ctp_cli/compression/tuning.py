@@ -29,6 +29,7 @@ _WARMUP_SHARE = 0.05
 _STEP_TOKENS = 512
 """Tokens of one step, where they divide a window: two on halves gain more than one on all (docs/compression.md)."""
 _GRADIENT_CLIP = 1.0
+_FLOAT16_SCALE = 2.0**12
 
 
 @dataclass(frozen=True)
@@ -96,11 +97,13 @@ def tune(
     what: Literal["scales", "weights"],
     group_size: int | None = None,
     learning_rate: float,
+    bos: bool = False,
     progress: Progress = SILENT,
 ) -> Tuned:
     """Bring the model's predictions closer to the full model's, one sequence after the other, in place.
 
     Shapes: ids_NT (N, T), one step of AdamW per window, or per 512 tokens of it where those divide it; each seen once.
+        With `bos` windows begin with that token, and so does each part of one, which leaves out a token for it.
     Units: group_size in inputs, None for one group per output. The learning rate is relative to scales, to a layer's
         root mean square weight, and absolute for norms and biases; it rises over 5% of the steps and falls as a cosine.
     Memory: `scales` adds little to the two models and one window's activations; `weights` 20 bytes per weight.
@@ -122,14 +125,25 @@ def tune(
         parametrize.register_parametrization(owner, name, change)
     try:
         changes = [change.change for *_, change in tuned]
-        sequences_NT = ids_NT if ids_NT.shape[1] % _STEP_TOKENS else ids_NT.reshape(-1, _STEP_TOKENS)
-        divergences = _descend(scorer, full, sequences_NT, changes, learning_rate, progress)
+        divergences = _descend(scorer, full, _sequences(ids_NT, bos=bos), changes, learning_rate, progress)
     finally:
         for owner, name, _ in tuned:
             parametrize.remove_parametrizations(owner, name, leave_parametrized=True)
     last = divergences[-max(1, len(divergences) // 8) :]
     factors = {name: scaling.factors_OG().detach() for name, scaling in scaled.items()}
     return Tuned(factors, divergences[0], sum(last) / len(last))
+
+
+def _sequences(ids_NT: Tensor, *, bos: bool) -> Tensor:
+    """Windows, or their parts of a step's size."""
+    if ids_NT.shape[1] % _STEP_TOKENS:
+        return ids_NT
+    parts_NPT = ids_NT.view(len(ids_NT), -1, _STEP_TOKENS)
+    if bos:
+        begun_NP = ids_NT[:, :1].expand(parts_NPT.shape[:2])
+        later_NPT = torch.cat([begun_NP[..., None], parts_NPT[..., :-1]], dim=2)
+        parts_NPT = torch.cat([parts_NPT[:, :1], later_NPT[:, 1:]], dim=1)
+    return parts_NPT.reshape(-1, _STEP_TOKENS)
 
 
 def _vectors(model: PreTrainedModel) -> list[tuple[nn.Module, str, Tensor]]:
@@ -154,6 +168,10 @@ def _descend(
 ) -> list[float]:
     steps = ids_NT.shape[0]
     optimizer = torch.optim.AdamW(changes, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    # where the two models hardly differ, gradients of float16 would round to zero
+    scaler = torch.amp.GradScaler(
+        ids_NT.device.type, enabled=scorer.model.dtype == torch.float16, init_scale=_FLOAT16_SCALE
+    )
     divergences: list[float] = []
     progress.start("tune", steps)
     for step, ids_T in enumerate(ids_NT):
@@ -167,9 +185,11 @@ def _descend(
                 hint="use a smaller --tune-learning-rate, or --tune-windows 0",
             )
         optimizer.zero_grad()
-        loss.backward()
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
         nn.utils.clip_grad_norm_(changes, _GRADIENT_CLIP)
-        optimizer.step()
+        scaler.step(optimizer)
+        scaler.update()
         recent = divergences[-8:]
         progress.advance(note=f"KL from the full model {sum(recent) / len(recent):.3f}")
     progress.finish()

@@ -122,7 +122,7 @@ class BlockCall:
 
     def run(self, block: nn.Module, x_BTD: Tensor) -> Tensor:
         output = block(x_BTD, *self.args, **self.kwargs)
-        return output[0] if isinstance(output, tuple) else output
+        return output[0] if isinstance(output, tuple | list) else output
 
 
 @dataclass
@@ -162,7 +162,7 @@ def start_walk(
         def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
             if type(block.module) not in returns_tuple:
                 open_block(block)
-                returns_tuple[type(block.module)] = isinstance(original(hidden_states, *args, **kwargs), tuple)
+                returns_tuple[type(block.module)] = isinstance(original(hidden_states, *args, **kwargs), tuple | list)
             return passed_through(block, hidden_states)
 
         return forward

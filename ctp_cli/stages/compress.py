@@ -11,7 +11,15 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ctp_cli.artifact import Workspace, folder_fingerprint, manifest_of, refuse_existing, unfinished, workspace
+from ctp_cli.artifact import (
+    Workspace,
+    folder_fingerprint,
+    manifest_of,
+    refuse_existing,
+    refuse_other_work,
+    unfinished,
+    workspace,
+)
 from ctp_cli.checkpoints import writer
 from ctp_cli.data.sources import Text, load_text
 from ctp_cli.data.windows import bos_of, token_ids, windows
@@ -93,6 +101,8 @@ def compress(
     tokenizer = load_tokenizer(model.path)
     calibration = load_text(section.calibration or default_text(model), default_part="train")
     ids_NT = _windows(section, calibration, tokenizer)
+    if said := _too_little(section, ids_NT):
+        progress.say(said)
     _check_fits_model(config, tokenizer, ids_NT)
     processes = Processes.of_job(device)
     count = min(section.windows, ids_NT.shape[0])
@@ -161,6 +171,14 @@ def _check_can_be_shared(section: CompressSection, processes: Processes, windows
         )
 
 
+def check_formats(sections: Sequence[CompressSection], *, model: ResolvedModel) -> None:
+    """Raises RecipeError if the model's layers cannot be stored as one of the sections says."""
+    skeleton, _ = dense_skeleton(_config_of_original(model))
+    blocks = find_blocks(skeleton)
+    for section in sections:
+        Job.plan(section, skeleton, blocks)
+
+
 def dry_run(section: CompressSection, *, model: ResolvedModel, output: Path, force: bool = False) -> dict[str, Any]:
     """Check what can be checked without weights, which need not be there; estimate sizes, memory and time.
 
@@ -169,6 +187,8 @@ def dry_run(section: CompressSection, *, model: ResolvedModel, output: Path, for
     refuse_existing(output, model.path, force=force)
     config = _config_of_original(model)
     calibration = load_text(section.calibration or default_text(model), default_part="train")
+    if unfinished(output).exists():
+        refuse_other_work(output, identity(section, model, calibration), force=force)
     tokenizer = load_tokenizer(model.path)
     ids_NT = _windows(section, calibration, tokenizer)
     count = min(section.windows, ids_NT.shape[0])
@@ -212,6 +232,15 @@ def _windows(section: CompressSection, calibration: Text, tokenizer: PreTrainedT
     ids_T = token_ids(calibration, tokenizer, most=most * seqlen)
     ids_NT = windows(ids_T, seqlen, most=most, text=calibration)
     return functional.pad(ids_NT, (1, 0), value=bos_of(tokenizer)) if section.bos else ids_NT
+
+
+def _too_little(section: CompressSection, ids_NT: Tensor) -> str | None:
+    count, asked = ids_NT.shape[0], section.windows + section.tune_windows
+    if count >= asked:
+        return None
+    shared = max(0, min(count, section.windows) + min(count, section.tune_windows) - count)
+    again = f"; tuning sees {shared} of those that calibrate again" if shared else ""
+    return f"the text gives {count} windows of the {asked} that were asked for{again}"
 
 
 def _check_fits_model(config: Any, tokenizer: PreTrainedTokenizerBase, ids_NT: Tensor) -> None:

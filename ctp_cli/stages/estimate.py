@@ -83,7 +83,7 @@ def estimate(job: Job, network: PreTrainedModel, blocks: Sequence[Block], *, win
     in_blocks = [sum(p.numel() for p in block.module.parameters()) for block in blocks]
     outside_bytes = (parameters - sum(in_blocks)) * item
     widest = max(i for block in shapes for _, i in block)
-    full = section.target == "full" and rule.feeds_back
+    full = section.target == "full" and rule.moves_weights
     batch = max(BATCH_TOKENS.get(device, 2048), section.seqlen)
 
     solver = max(_solver_bytes(block, job, full) for block in shapes)

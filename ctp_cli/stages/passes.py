@@ -44,6 +44,8 @@ _SPARSITIES = "sparsities.json"
 SCRATCH = ("*.layers", _TUNED, _SPARSITIES)
 """Files beside the shards that only unfinished work needs."""
 _PRUNED = "pruned"
+_STATES_WINDOWS = 8
+"""At most, from which a tuned model's hidden states are kept."""
 
 
 @dataclass
@@ -93,6 +95,7 @@ class Passes:
             rows = self._pass(folder, rule, self.job.settings, calibration_NT)
             what: Literal["scales", "weights"] = "weights" if section.tune == "weights" and not rule.grid else "scales"
             tuned = self._tune(what, tuning_NT)
+            self._keep_hidden_states(calibration_NT)  # those that the last pass kept are from before
             for shard, tensors in writer.tuned_shards(
                 folder, self.network, self.blocks, tuned.factors_OG, settings=self.job.settings
             ):
@@ -157,6 +160,7 @@ class Passes:
             what=what,
             group_size=self.job.tuned_group_size(self.blocks),
             learning_rate=self.job.section.tune_learning_rate,
+            bos=self.job.section.bos,
             progress=self.progress,
         )
 
@@ -179,7 +183,8 @@ class Passes:
         self.progress.start("quantize" if rule.keep_zeros else "compress", len(self.blocks))
         report: list[dict[str, Any]] = []
         sets = _SharedInputs(state)
-        aims_at_full = self.job.section.target == "full" and rule.feeds_back
+        # what a pruned and tuned model would be corrected to has no zeros, and its own blocks are not the full model's
+        aims_at_full = self.job.section.target == "full" and rule.moves_weights and not rule.keep_zeros
         full_hidden_BTD = self.activations.copied(state.hidden_BTD) if aims_at_full else None
         full_state = None if full_hidden_BTD is None else replace(state, hidden_BTD=full_hidden_BTD)
         for block in self.blocks:
@@ -220,6 +225,13 @@ class Passes:
             save_hidden_states(folder, state.hidden_BTD)
         self.progress.finish()
         return report
+
+    def _keep_hidden_states(self, ids_NT: Tensor) -> None:
+        with fast_arithmetic():
+            state = self._start_walk(ids_NT[:: -(-len(ids_NT) // _STATES_WINDOWS)])
+            for block in self.blocks:
+                advance(block, state)
+        save_hidden_states(self.folder, state.hidden_BTD)
 
     def _start_walk(self, ids_NT: Tensor) -> WalkState:
         batch = max(1, BATCH_TOKENS.get(ids_NT.device.type, 2048) // ids_NT.shape[1])

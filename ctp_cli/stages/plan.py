@@ -1,5 +1,6 @@
 """What a compression will do: the section as the solver's rule and the checkpoint's settings, or why it cannot be."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,16 +85,19 @@ def solver_rule(section: CompressSection, layers: Sequence[LinearLayer]) -> Solv
         rounded = section.format == CompressedTensorsSettings.name and layers[0].weight_OI.dtype == torch.bfloat16
         scale_dtype = torch.bfloat16 if rounded else torch.float16
         grid = GridRule(section.bits, group, section.symmetric, section.mse_clip, scale_dtype)
+    common = math.gcd(*(layer.weight_OI.shape[1] for layer in layers))
     for layer in layers:
         in_features = layer.weight_OI.shape[1]
-        for what, unit in (
-            ("compress.group_size: ", grid.group_size if grid else None),
-            ("compress.sparsity: m = ", mask.m if mask else None),
+        for what, unit, least, instead in (
+            ("compress.group_size: ", grid.group_size if grid else None, 8, "use --group-size row"),
+            ("compress.sparsity: m = ", mask.m if mask else None, 2, "prune a fraction, e.g. --sparsity 0.5"),
         ):
             if unit and in_features % unit:
+                fitting = [d for d in range(least, common + 1) if common % d == 0]
+                nearest = min(fitting, key=lambda d: (abs(d - unit), -d), default=None)
                 raise RecipeError(
                     f"{what}{unit} does not divide the {in_features} inputs of {layer.name}",
-                    hint=f"use a divisor of {in_features}, e.g. {_divisor_near(in_features, unit)}",
+                    hint=instead if nearest is None else f"{nearest} divides those of every layer",
                 )
     if mask and mask.m and grid and grid.group_size and grid.group_size % mask.m and mask.m % grid.group_size:
         raise RecipeError(
@@ -125,7 +129,3 @@ def _group_size(asked: str | int, layers: Sequence[LinearLayer]) -> int | None:
         f"compress.group_size: none of {AUTO_GROUP_SIZES} divides every layer's inputs ({sorted(set(widths))})",
         hint="give --group-size row, or a size that divides them all",
     )
-
-
-def _divisor_near(number: int, wanted: int) -> int:
-    return min((d for d in range(1, number + 1) if number % d == 0), key=lambda d: (abs(d - wanted), -d))

@@ -9,7 +9,7 @@ import pytest
 import torch
 from compressed import block_linears, calibration_text, run, stored_tensors
 from tiny_models import FAMILIES, VOCAB_SIZE, tiny_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, OpenAIGPTConfig, PreTrainedModel
 
 from ctp_cli.models.loading import load_model
 
@@ -164,3 +164,10 @@ def test_the_tokenizer_goes_along(compressed: Compressed) -> None:
     expected = AutoTokenizer.from_pretrained(compressed.original)(text)["input_ids"]
     for folder in (compressed.dense, compressed.gptq):
         assert AutoTokenizer.from_pretrained(folder)(text)["input_ids"] == expected
+
+
+def test_blocks_that_return_a_list(tmp_path: Path) -> None:
+    folder = tiny_model("gpt2", tmp_path / "model")  # for its tokenizer
+    config = OpenAIGPTConfig(vocab_size=VOCAB_SIZE, n_embd=64, n_layer=2, n_head=4, n_positions=64)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    assert run(folder, tmp_path / "it", calibration_text(tmp_path)).linear_sparsity >= 0.5

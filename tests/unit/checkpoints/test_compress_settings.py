@@ -9,8 +9,12 @@ from compressed import block_linears, calibration_text, run, stored_tensors
 from tiny_models import VOCAB_SIZE, tiny_model
 from transformers import AutoModelForCausalLM
 
-from ctp_cli.errors import CtpError, InputError, OutputError, RecipeError
-from ctp_cli.models.loading import load_model
+from ctp_cli.checkpoints.hidden_states import load_hidden_states
+from ctp_cli.data.sources import load_text
+from ctp_cli.data.windows import token_ids, windows
+from ctp_cli.errors import CtpError, InputError, OutputError, RecipeError, SolverError
+from ctp_cli.models.blocks import find_blocks
+from ctp_cli.models.loading import load_model, load_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +61,64 @@ def test_both_formats_hold_the_same_model(llama: Path, text: Path, tmp_path: Pat
     # scales fitted before the first input is taken; one group for all inputs is fitted at their first, like any other
     assert stored["static_groups"] == (settings.get("act_order") == "static" and "group_size" not in settings)
     assert stored["group_size"] == (-1 if settings.get("group_size") == "row" else 32)
+
+
+@pytest.mark.parametrize(("sparsity", "kept", "of"), [("2:4", 2, 4), (0.75, 16, 64)])
+def test_a_mask_stays_while_weights_are_tuned_for_and_aim_at_the_full_model(
+    llama: Path, text: Path, tmp_path: Path, sparsity: str | float, kept: int, of: int
+) -> None:
+    run(llama, tmp_path / "it", text, format="dense", sparsity=sparsity, tune_windows=2, target="full")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "it")
+    for name in block_linears(model):
+        weight_OI = model.get_submodule(name).weight
+        if of == 4:
+            assert ((weight_OI.view(-1, of) != 0).sum(1) <= kept).all(), name
+        assert (weight_OI != 0).float().mean() <= kept / of, name
+
+
+def test_pruning_alone_can_aim_at_the_full_model(llama: Path, text: Path, tmp_path: Path) -> None:
+    for target in ("full", "layer"):
+        run(llama, tmp_path / target, text, format="dense", bits=None, target=target)
+    full, layer = (stored_tensors(tmp_path / target) for target in ("full", "layer"))
+    name = next(name for name in full if name.endswith("1.mlp.down_proj.weight"))
+    assert not torch.equal(full[name], layer[name])
+
+
+@pytest.mark.parametrize("tuned", [{}, {"tune_windows": 4}, {"tune_windows": 4, "tune": "scales"}], ids=str)
+def test_hidden_states_that_are_kept_are_those_of_the_finished_checkpoint(
+    llama: Path, text: Path, tmp_path: Path, tuned: dict[str, object]
+) -> None:
+    run(llama, tmp_path / "it", text, format="dense", **{"tune_learning_rate": 0.05, **tuned} if tuned else {})
+    kept_ND, model = load_hidden_states(tmp_path / "it"), load_model(tmp_path / "it")
+    given = load_text(str(text), default_part="train")
+    ids_NT = windows(token_ids(given, load_tokenizer(llama)), 32, most=4, text=given)
+    seen: list[torch.Tensor] = []
+    blocks = find_blocks(model)
+    blocks[-1].module.register_forward_hook(lambda block, args, output: seen.append(output))
+    with torch.no_grad():
+        model(ids_NT)
+    there_ND = (seen[0] if isinstance(seen[0], torch.Tensor) else seen[0][0])[:, 1:].flatten(0, 1)
+    assert kept_ND is not None and len(kept_ND) == len(there_ND)
+    torch.testing.assert_close(kept_ND, there_ND, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("settings", [{"bits": None}, {"sparsity": None}, {"pruner": "wanda"}], ids=str)
+def test_inputs_that_are_no_numbers_are_said_with_their_layer(
+    text: Path, tmp_path: Path, settings: dict[str, object]
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_model("llama_tied_gqa", tmp_path / "model"))
+    model.get_input_embeddings().weight.data[3:] = float("nan")
+    model.save_pretrained(tmp_path / "model")
+    with pytest.raises(SolverError, match=r"q_proj: its calibration inputs hold NaN"):
+        run(tmp_path / "model", tmp_path / "it", text, **{"format": "dense", **settings})
+
+
+def test_weights_beyond_the_scales_are_said_with_their_layer(text: Path, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_model("llama_tied_gqa", tmp_path / "model"))
+    model.get_submodule("model.layers.0.mlp.gate_proj").weight.data *= 1e8
+    model.save_pretrained(tmp_path / "model")
+    with pytest.raises(SolverError, match=r"0\.mlp\.gate_proj.* too large for torch\.float16 scales"):
+        run(tmp_path / "model", tmp_path / "it", text, sparsity=None, mse_clip=False)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -18,7 +18,11 @@ from ctp_cli.compression.targets import Mismatch
 from ctp_cli.models.blocks import advance, copy_of, find_blocks, residual_writers, shared_inputs, start_walk
 
 TOKENS, I, O = 400, 24, 10
-RULE = SolverRule(MaskRule(0.5), GridRule(4, 32, True, mse_clip=False))
+GRID = GridRule(4, 32, True, mse_clip=False)
+RULES = {
+    "joint": SolverRule(MaskRule(0.5), GRID),
+    "pruned": SolverRule(MaskRule(0.5), None, pruner="alternating"),
+}
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-3), (torch.bfloat16, 2e-2)])
@@ -56,7 +60,8 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return tiny_model(request.param, tmp_path_factory.mktemp("models") / request.param)
 
 
-def test_blocks_come_closer_to_the_full_model(folder: Path) -> None:
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
+def test_blocks_come_closer_to_the_full_model(folder: Path, rule: SolverRule) -> None:
     """Both blocks compressed either way: the last hidden states, on the calibration text, padding left out."""
     errors = {}
     for aims_at_full in (True, False):
@@ -73,7 +78,7 @@ def test_blocks_come_closer_to_the_full_model(folder: Path) -> None:
             sets, original = shared_inputs(block, state), copy_of(block)
             writers = residual_writers(original, full_state, shared_inputs(original, full_state))
             full = FullBlock(original, full_state, [layer.name for layer in writers]) if aims_at_full else None
-            compress_block(block, state, RULE, sets, true_sequential=True, full=full)
+            compress_block(block, state, rule, sets, true_sequential=True, full=full)
             if aims_at_full:
                 for ours, expected in zip(full_state.hidden_BTD, plain_state.hidden_BTD, strict=True):
                     assert torch.equal(ours, expected)

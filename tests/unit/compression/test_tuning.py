@@ -9,6 +9,7 @@ from tiny_models import VOCAB_SIZE, tiny_model
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from ctp_cli.compression import tuning
 from ctp_cli.compression.tuning import tune
 from ctp_cli.data.sources import load_text
 from ctp_cli.data.windows import token_ids, windows
@@ -110,6 +111,42 @@ def test_transposed_layers_are_scaled_by_groups_of_their_inputs(family: str, tmp
             factors_OI = tuned.factors_OG[layer.name].repeat_interleave(32, dim=1)
             assert factors_OI.std() > 1e-3
             assert torch.equal(layer.weight_OI, before[layer.name] * factors_OI)
+
+
+def test_parts_of_a_window_begin_with_its_bos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tiny_model("llama", tmp_path / "llama", max_position_embeddings=1024)
+    model, full = (AutoModelForCausalLM.from_pretrained(folder).eval() for _ in range(2))
+    ids = torch.randint(3, VOCAB_SIZE, (2, 1024), generator=torch.Generator().manual_seed(0))
+    ids[:, 0] = 1
+    seen: list[torch.Tensor] = []
+    monkeypatch.setattr(tuning, "_descend", lambda scorer, full, ids_NT, *_: seen.append(ids_NT) or [1.0])
+    for bos in (False, True):
+        tune(model, full, find_blocks(model), ids, what="scales", learning_rate=1e-2, bos=bos)
+    assert torch.equal(seen[0], ids.view(4, 512))
+    assert torch.equal(seen[1][::2], ids[:, :512])
+    assert (seen[1][:, 0] == 1).all() and torch.equal(seen[1][1::2, 1:], ids[:, 512:1023])
+
+
+def test_a_model_in_float16_learns_where_the_two_hardly_differ(tmp_path: Path) -> None:
+    """What its gradients are then would round to zero."""
+    folder = tiny_model("llama", tmp_path / "llama", initializer_range=0.1)
+    ids = torch.randint(3, VOCAB_SIZE, (1, 512), generator=torch.Generator().manual_seed(0))
+    changes = {}
+    for dtype in (torch.float16, torch.float32):
+        model, full = (AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval() for _ in range(2))
+        generator = torch.Generator().manual_seed(1)
+        for block in find_blocks(model):
+            for layer in block.layers:
+                noise_OI = torch.randn(layer.weight_OI.shape, generator=generator)
+                layer.set_weight((layer.weight_OI.float() * (1 + 0.001 * noise_OI)).to(dtype))
+        tuned = tune(model, full, find_blocks(model), ids, what="scales", group_size=32, learning_rate=1e-3)
+        assert tuned.first_divergence < 1e-5
+        changes[dtype] = torch.cat(
+            [factors.flatten() - 1 for name, factors in tuned.factors_OG.items() if "q_proj" in name]
+        )
+    # the first step of AdamW is the gradient's sign
+    agree = changes[torch.float16].sign() == changes[torch.float32].sign()
+    assert agree.float().mean() > 0.7
 
 
 def test_a_learning_rate_that_blows_up_is_reported(tmp_path: Path) -> None:
