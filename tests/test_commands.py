@@ -240,7 +240,7 @@ def test_a_dry_run_refuses_what_the_command_would(trained: Path, place: Path) ->
 
 
 def test_a_text_too_short_for_what_was_asked_is_said(trained: Path, place: Path) -> None:
-    Path("short.txt").write_text("A text that is long enough for a few windows of sixty-four tokens each. " * 30)
+    Path("short.txt").write_text("A text that is long enough for a few windows of sixty-four tokens each. " * 12)
     said = ctp("compress", trained, "--bits", 4, "--calibration", "short.txt", "--windows", 16, "--seqlen", 64,
                "--tune-windows", 8, "-o", "out").stderr  # fmt: skip
     assert "windows of the 24 that were asked for; tuning sees" in said
