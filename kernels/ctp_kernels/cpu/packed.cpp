@@ -93,13 +93,12 @@ struct Activations {
         scales(Form::kSteps > 0 ? rows * segments : 0) {}
 
   void take(const void* x_MK, Type type, int64_t m) {
-    const float* from = static_cast<const float*>(x_MK) + m * layer.inputs;
-    std::vector<float> wide;
-    if (type != kFloat32) {
-      wide.resize(layer.inputs);
+    std::vector<float> wide(type == kFloat32 ? 0 : layer.inputs);
+    const float* from = wide.data();
+    if (type == kFloat32)
+      from = static_cast<const float*>(x_MK) + m * layer.inputs;
+    else
       widen(static_cast<const uint16_t*>(x_MK) + m * layer.inputs, layer.inputs, type, wide.data());
-      from = wide.data();
-    }
     for (int64_t place = m * segments; place < (m + 1) * segments; ++place, from += layer.segment) {
       if constexpr (Form::kSteps > 0) scales[place] = step(from);
       for (int64_t b = 0; b < layer.blocks(); ++b) {
