@@ -30,13 +30,15 @@ IDENTITY = "ctp.partial.json"
 SCHEMA_VERSION = 1
 
 
-_MADE_FOR: ContextVar[str | None] = ContextVar("made_for", default=None)
+_MADE_FOR: ContextVar[tuple[str | None, str | None]] = ContextVar("made_for", default=(None, None))
 
 
 @contextlib.contextmanager
-def made_for(key: str) -> Iterator[None]:
-    """Artifacts finished inside carry `key` in their manifest, by which a recipe's runner knows its own again."""
-    token = _MADE_FOR.set(key)
+def made_for(key: str, made_from: str | None = None) -> Iterator[None]:
+    """Artifacts finished inside carry `key` in their manifest, by which a recipe's runner knows its own again, and
+    `made_from`: the hash of the manifest of what they were made from.
+    """
+    token = _MADE_FOR.set((key, made_from))
     try:
         yield
     finally:
@@ -78,7 +80,8 @@ class Workspace:
                 "seconds": round(time.monotonic() - self.started, 3),
                 "resumed": self.resumed,
                 "files": files,
-                "made_for": _MADE_FOR.get(),
+                "made_for": _MADE_FOR.get()[0],
+                "made_from": _MADE_FOR.get()[1],
                 **manifest,
             },
         )

@@ -353,7 +353,7 @@ class Recipe(Section):
     model: str = "smollm2-135m"
     output: str
     """Folder for everything the recipe makes, relative to the current folder."""
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     device: str = "auto"
     compress: CompressSection | None = None
     learn: LearnSection | None = None

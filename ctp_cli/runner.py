@@ -31,12 +31,30 @@ class Step:
     key: str
     again: bool
     """To be made though it is made: it was asked for, or a stage before it was."""
-    make: Callable[[], Any]
+    before: "Step | None"
+    """The stage whose result this one uses; None where it is the model alone."""
+    make: Callable[[bool], Any]
+    """The argument: replace what is there."""
 
     @property
     def made(self) -> bool:
         manifest = artifact.manifest_of(self.output)
-        return not self.again and manifest is not None and manifest.get("made_for") == self.key
+        as_asked = not self.again and manifest is not None and manifest.get("made_for") == self.key
+        return as_asked and manifest is not None and manifest.get("made_from") == self.made_from
+
+    @property
+    def outdated(self) -> bool:
+        """Whether it was made with these settings from something that is no longer there, or not as it was."""
+        manifest = artifact.manifest_of(self.output)
+        return manifest is not None and manifest.get("made_for") == self.key and not self.made
+
+    @property
+    def made_from(self) -> str | None:
+        """A hash that changes whenever the stage before is made again, "" while it is not there."""
+        if self.before is None:
+            return None
+        manifest = self.before.output / artifact.MANIFEST
+        return artifact.file_fingerprint(manifest) if manifest.is_file() else ""
 
 
 @dataclass
@@ -68,7 +86,7 @@ def plan(
             raise RecipeError(f"--redo {name}: not a stage of this recipe", hint=f"it has {', '.join(sections)}")
     if not force:
         for step in made.steps:
-            if step.output.exists() and not step.again and not step.made:
+            if step.output.exists() and not (step.again or step.made or step.outdated):
                 raise OutputError(
                     f"{step.output} exists and was made with other settings or inputs",
                     hint="give the recipe another output (--set output=...), or replace it with --force",
@@ -85,8 +103,8 @@ def run(steps: Plan, *, progress: Progress = SILENT) -> list[tuple[Step, bool]]:
             progress.say(f"{step.name}: already made, {step.output}")
         else:
             progress.say(f"{step.name}: making {step.output}")
-            with artifact.made_for(step.key):
-                step.make()
+            with artifact.made_for(step.key, step.made_from):
+                step.make(step.again or step.outdated)
         done.append((step, already))
     return done
 
@@ -145,9 +163,10 @@ class _Builder:
         """`make` gets the folder, and whether to replace what is there."""
         content = json.dumps([name, settings, upstream], sort_keys=True, default=str)
         key = hashlib.sha256(content.encode()).hexdigest()
-        again = section in self.redo or any(step.again for step in self.plan.steps if step.key == upstream)
+        before = next((step for step in self.plan.steps if step.key == upstream), None)
+        again = section in self.redo or (before is not None and before.again)
         output = self.plan.output(name)
-        step = Step(section, name, output, key, again, lambda: make(output, self.force or again))
+        step = Step(section, name, output, key, again, before, lambda replace: make(output, self.force or replace))
         self.plan.steps.append(step)
         return key
 

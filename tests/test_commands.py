@@ -108,6 +108,12 @@ def test_what_a_recipe_makes_again(trained: Path, place: Path) -> None:
     assert made_now(recipe, "--redo", "learn") == ["prompt", "stitched", "evaluation", "report", "benchmark"]
     assert made_now(recipe, "--redo", "stitch", "--redo", "bench") == ["stitched", "benchmark"]
     assert made_now(recipe) == []
+    shutil.rmtree(place / "out" / "prompt")  # made again, it is another one for those that use it
+    assert made_now(recipe) == ["prompt", "stitched", "evaluation", "report", "benchmark"]
+    # as after an interruption behind that stage
+    shutil.rmtree(place / "out" / "prompt")
+    ctp("run", recipe, "--set", "stitch=null", "--set", "eval=null", "--set", "bench=null")
+    assert made_now(recipe) == ["stitched", "evaluation", "report", "benchmark"]
     # what other settings do not change stays
     assert made_now(recipe, "--set", "stitch.vocab_multiple=16", "--force") == ["stitched"]
     unknown = CliRunner().invoke(app, ["run", str(recipe), "--redo", "report"])

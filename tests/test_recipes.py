@@ -81,6 +81,12 @@ def test_a_stage_without_what_it_needs_is_refused() -> None:
     assert build(Recipe, {**prefix, "stitch": {"format": "peft"}}).stitch is not None
 
 
+def test_a_seed_has_the_bounds_of_every_seed() -> None:
+    for seed in (-1, 2**31):
+        with pytest.raises(RecipeError, match="seed"):
+            build(Recipe, {"output": "x", "learn": {}, "seed": seed})
+
+
 def test_a_recipe_stitches_with_the_options_of_the_command(tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text("output: x\nlearn: {}\nstitch: {dtype: float16, vocab_multiple: 128}\n")
     section = load(tmp_path / "r.yaml", ["stitch.vocab_multiple=64"]).stitch

@@ -27,7 +27,7 @@ class Batches(Protocol):
         """The batch (B, seqlen) int64 of one step, the same whenever it is asked for."""
 
     def beginning(self, count: int) -> Tensor:
-        """The first tokens (count,) int64 of the text."""
+        """The first tokens (count,) int64 of the text; fewer where it has no more."""
 
     def position(self) -> dict[str, Tensor]:
         """What it takes to give the step after the last one asked for; empty where nothing is needed."""
@@ -129,10 +129,11 @@ class StreamedText:
                 return batch
 
     def beginning(self, count: int) -> Tensor:
-        pieces = self._stream.pieces(self._order(0)[0], skip=self._skipped(self._order(0)[0]))
         found = torch.empty(0, dtype=torch.int32)
-        while found.numel() < count and (texts := _some(pieces)):
-            found = torch.cat([found, self._tokens(texts)])
+        for file in self._order(0):
+            pieces = self._stream.pieces(file, skip=self._skipped(file))
+            while found.numel() < count and (texts := _some(pieces)):
+                found = torch.cat([found, self._tokens(texts)])
         return found[:count].long()
 
     def position(self) -> dict[str, Tensor]:
@@ -158,8 +159,14 @@ class StreamedText:
         return torch.stack(rows)
 
     def _next_window(self) -> Tensor:
+        begun = self._now.epoch
         while self._now.rest_T.numel() < self.seqlen:
             self._read()
+            if self._now.epoch > begun + 1 and not self._now.rest_T.numel():  # a whole epoch lies between
+                raise InputError(
+                    f"text {self._stream.source!r} has no tokens to learn from, apart from what chooses the prompt",
+                    hint="leave out --stream, or give --validation a text of its own",
+                )
         window_T = self._now.rest_T[: self.seqlen]
         self._now = replace(self._now, rest_T=self._now.rest_T[self.seqlen :])
         return window_T
@@ -180,6 +187,10 @@ class StreamedText:
         self._now = replace(now, epoch=now.epoch + ended, turn=0 if ended else now.turn + 1, pieces=0)
 
     def _tokens(self, texts: list[str]) -> Tensor:
+        try:
+            "".join(texts).encode()
+        except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair
+            raise InputError(f"text {self._stream.source!r} has no UTF-8 form ({error})") from None
         lists = self._tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
         return torch.cat([torch.tensor(ids, dtype=torch.int32) for ids in lists])
 

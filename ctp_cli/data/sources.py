@@ -51,20 +51,34 @@ class Text:
 
     @property
     def beginning(self) -> str:
-        """A short hash of its first characters; equal for a text and, if it is long enough, its first part."""
-        return hash_of_beginning([self.content])
+        """A short hash of its first characters, white space apart: a text's and that of its first part, if long enough."""
+        parts = range(0, len(self.content), _BEGINNING)
+        return hash_of_beginning(self.content[start : start + _BEGINNING] for start in parts)
 
 
 def hash_of_beginning(pieces: Iterable[str]) -> str:
     """As `Text.beginning`, of a text in pieces, of which no more are taken than are needed."""
-    beginning = ""
-    for piece in pieces:
-        beginning += piece
-        if len(beginning) >= _BEGINNING:
+    words: list[str] = []
+    length = 0
+    for word in _words(pieces):
+        words.append(word)
+        length += len(word) + 1
+        if length > _BEGINNING:
             break
-    # JSON can spell half of a surrogate pair; a whole text ends without the space behind a last row
-    content = beginning[:_BEGINNING].strip().encode("utf-8", "surrogatepass")
+    # JSON can spell half of a surrogate pair
+    content = " ".join(words)[:_BEGINNING].encode("utf-8", "surrogatepass")
     return hashlib.sha256(content).hexdigest()[:16]
+
+
+def _words(pieces: Iterable[str]) -> Iterator[str]:
+    """Those of a whole text, whose pieces may end within one."""
+    rest = ""
+    for piece in pieces:
+        *whole, rest = f"{rest}{piece}_".split()
+        rest = rest.removesuffix("_")
+        yield from whole
+    if rest:
+        yield rest
 
 
 @dataclass(frozen=True)

@@ -74,9 +74,12 @@ class Scorer:
         return losses_N.view(shape)
 
     @torch.no_grad()
-    def likeliest(self, ids_BT: Tensor, count: int, *, prefix: Cache | None = None) -> tuple[Tensor, Tensor]:
+    def likeliest(
+        self, ids_BT: Tensor, count: int, *, below: int | None = None, prefix: Cache | None = None
+    ) -> tuple[Tensor, Tensor]:
         """The likeliest next tokens after every token but the last, and their probabilities, (B, T - 1, K) both.
 
+        Of tokens `below` this number, where the vocabulary is padded further; K is `count`, or as many as there are.
         Behind the keys and values of `prefix`, which grows.
         """
         inputs: dict[str, Any] = {"input_ids": ids_BT}
@@ -88,7 +91,8 @@ class Scorer:
             hidden_ND = self._hidden(**inputs)[:, :-1].flatten(0, 1)
             weight_VD = wide(self.head.weight)
             parts = [_head_logits(part, weight_VD, self.head.bias) for part in hidden_ND.split(_CHUNK)]
-        tops = [part.softmax(-1).topk(count, dim=-1) for part in parts]
+        count = min(count, parts[0][:, :below].shape[1])
+        tops = [part[:, :below].softmax(-1).topk(count, dim=-1) for part in parts]
         shape = (ids_BT.shape[0], ids_BT.shape[1] - 1, count)
         return torch.cat([t.indices for t in tops]).view(shape), torch.cat([t.values for t in tops]).view(shape)
 

@@ -152,6 +152,20 @@ def load_prompt(path: Path) -> AnyPrompt:
     return Prompt(tensor, metadata) if name == TENSOR else KvPrefix(tensor, metadata)
 
 
+def data_of(prompt: AnyPrompt) -> dict[str, Any]:
+    """What the prompt says of the texts that made and chose it."""
+    return parsed_data(prompt.metadata.data)
+
+
+def parsed_data(data: object) -> dict[str, Any]:
+    """Other tools may have written anything there."""
+    try:
+        parsed = json.loads(data) if isinstance(data, str) else None
+    except (ValueError, RecursionError):
+        return {}
+    return parsed if isinstance(parsed, dict) else {}
+
+
 def load_soft_prompt(path: Path, *, why: str) -> Prompt:
     """Raises InputError, with `why`, for a prompt of another kind."""
     prompt = load_prompt(path)

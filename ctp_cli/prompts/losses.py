@@ -8,11 +8,12 @@ from collections.abc import Sequence
 
 import torch
 from ctp_kernels.arithmetic import fast_arithmetic
-from ctp_kernels.prefix import cache_of, cache_with, fresh_copy
+from ctp_kernels.prefix import cache_of, cache_with, fresh_copy, key_values_of
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
+from ctp_cli.errors import InputError
 from ctp_cli.models.head import Scorer, SoftTargets
 from ctp_cli.models.loading import check_ids
 from ctp_cli.models.remade import remade_activations
@@ -103,6 +104,13 @@ class KvPrefixLoss(PromptedLoss):
         self.unit_L2111 = start.std(dim=(2, 3, 4), keepdim=True).clamp(min=1e-6).to(device)
         super().__init__(models, start.to(device) / self.unit_L2111)
         self._templates: list[Cache] = [frozen(lambda model: kv_template(start.shape[3], model)) for frozen in models]
+        for frozen, template in zip(models, self._templates, strict=True):
+            if key_values_of(template).shape != start.shape:
+                raise InputError(
+                    f"{type(frozen.model).__name__}: its layers' keys and values are not shaped as those of the first "
+                    "model",
+                    hint="one prefix is learned for compressions of one model",
+                )
 
     def _loss(self, model: PreTrainedModel, ids_BT: Tensor, which: int, soft: SoftTargets | None) -> Tensor:
         prefix = self._cache(which, ids_BT.shape[0])

@@ -76,11 +76,16 @@ def kv_template(tokens: int, model: PreTrainedModel) -> Cache:
     Raises: UnsupportedModelError for models whose layers do not all keep alike keys and values of every token.
     """
     cache = rows_prefix(decoder_embedding(model).weight[:1].expand(tokens, -1), model)
+    kv_of(cache, model)
+    return cache
+
+
+def kv_of(cache: Cache, model: PreTrainedModel) -> Tensor:
+    """`key_values_of`, for a prefix on this model. Raises UnsupportedModelError as `kv_template`."""
     try:
-        key_values_of(cache)
+        return key_values_of(cache)
     except ValueError as error:
         raise UnsupportedModelError(
-            f"{type(model).__name__} cannot carry a kv-prefix of {tokens} tokens: {error}",
-            hint="use a soft-prompt",
+            f"{type(model).__name__} cannot carry a kv-prefix of {cache.get_seq_length()} tokens: {error}",
+            hint="use a soft-prompt, with fewer tokens than a sliding window has",
         ) from None
-    return cache

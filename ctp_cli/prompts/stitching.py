@@ -43,6 +43,7 @@ from ctp_cli.prompts.vocab import StitchedTokenizer, check_saved_tokenizer, exte
 _COPIED = ("quantize_config.json", "LICENSE*", "NOTICE*")
 ORIGINAL = "original"
 """Folder inside a stitched checkpoint with the base's files as they were, weights apart."""
+_TEMPLATES = "additional_chat_templates"
 _ORIGINALS = ("*.json", "*.jinja", "*.model", "*.txt")
 _ORIGINAL_TABLES = "tables.safetensors"
 """In that folder: what the new tables, in another dtype, do not give back to the bit."""
@@ -196,6 +197,8 @@ def _keep_originals(base: Path, folder: Path, old: dict[str, torch.Tensor], new:
     for path in {path for pattern in _ORIGINALS for path in base.glob(pattern)}:
         if not path.name.endswith(".index.json"):
             shutil.copyfile(path, folder / path.name)  # no link: whoever edits the base's would edit these
+    if (base / _TEMPLATES).is_dir():
+        shutil.copytree(base / _TEMPLATES, folder / _TEMPLATES)
     if (base / HIDDEN_STATES).is_file():
         (folder / HIDDEN_STATES).parent.mkdir()
         shutil.copyfile(base / HIDDEN_STATES, folder / HIDDEN_STATES)
@@ -432,7 +435,8 @@ def _notes(
         notes.append("the tokenizer has no chat template: engines get the prompt from the post-processor alone")
     if kept_bytes:
         notes.append(
-            f"the dtype cannot hold the old tables to the bit: kept for `ctp unstitch` ({kept_bytes / 1e6:,.0f} MB)"
+            "the new tables do not hold the old ones to the bit, for their dtype or for rows that the prompt took: "
+            f"kept for `ctp unstitch` ({kept_bytes / 1e6:,.0f} MB)"
         )
     return notes + [
         f"{name}: {size / 1e6:,.0f} MB of unchanged weights copied, for {why}"

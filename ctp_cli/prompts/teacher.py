@@ -38,6 +38,8 @@ class Teacher:
     """Then every process prepares, and one of them writes."""
     bos_id: int | None = None
     """Stands before the text that the teacher reads."""
+    vocabulary: int | None = None
+    """Rows of the student's head: the teacher's may be padded further."""
     _open: tuple[Path, _Held] | None = field(default=None, init=False)
 
     def prepare(
@@ -60,7 +62,9 @@ class Teacher:
                 ids_BT = ids_BT.to(scorer.model.device)
                 prefix = None if bos is None else fresh_copy(bos, batch_size=len(ids_BT))
                 tokens_BTK, probabilities_BTK = teacher(
-                    lambda _, ids_BT=ids_BT, prefix=prefix: scorer.likeliest(ids_BT, self.count, prefix=prefix)
+                    lambda _, ids_BT=ids_BT, prefix=prefix: scorer.likeliest(
+                        ids_BT, self.count, below=self.vocabulary, prefix=prefix
+                    )
                 )
                 tensors[f"tokens.{step}"] = tokens_BTK.to("cpu", torch.int32)
                 tensors[f"probabilities.{step}"] = probabilities_BTK.to("cpu", torch.float16)

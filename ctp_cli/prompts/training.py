@@ -242,21 +242,23 @@ class _Loop:
         self.settings, self.accelerator, self.teacher = settings, accelerator, teacher
         self.prompt, self._models, self._check_ids = module.prompt, module.models, module.check_ids
         self.module = self.accelerator.prepare(module)
+        self._raw_optimizer = torch.optim.AdamW(
+            [self.prompt], lr=settings.learning_rates[0], weight_decay=settings.weight_decay
+        )
+        # once: accelerate undoes the scaling of float16 gradients for every optimizer that it was given
+        self.optimizer = self.accelerator.prepare(self._raw_optimizer)
         self._start_from_state()
         self._step_seconds: list[float] = []
 
     def _start_from_state(self) -> None:
         with torch.no_grad():
             self.prompt.copy_(self.state.prompt)
-        optimizer = torch.optim.AdamW(
-            [self.prompt], lr=self.settings.learning_rates[0], weight_decay=self.settings.weight_decay
-        )
+        self._raw_optimizer.state.clear()
         if self.state.moments:
-            optimizer.state[self.prompt] = {
+            self._raw_optimizer.state[self.prompt] = {
                 name: tensor.clone() if name == "step" else tensor.clone().to(self.prompt.device)
                 for name, tensor in self.state.moments.items()
             }
-        self._raw_optimizer, self.optimizer = optimizer, self.accelerator.prepare(optimizer)
 
     def step(self) -> float:
         started = time.perf_counter()

@@ -27,6 +27,7 @@ _PROBE_CHATS = (
         {"role": "user", "content": "c"},
     ],
     [{"role": "user", "content": "a"}],
+    [{"role": "system", "content": "s"}, {"role": "user", "content": "a"}],
 )
 
 
@@ -52,6 +53,11 @@ def token_ids(tokenizer: PreTrainedTokenizerBase, names: Sequence[str]) -> tuple
     return tuple(ids)
 
 
+def carries_prompt(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether it is one of a stitched checkpoint."""
+    return token_names(1)[0] in tokenizer.get_vocab()
+
+
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, *, layout: Layout) -> None:
     """Raises InputError for a tokenizer that cannot carry a prompt."""
     if getattr(tokenizer, "backend_tokenizer", None) is None:
@@ -59,7 +65,7 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, *, layout: Layout) -> No
             f"{type(tokenizer).__name__} is not backed by the tokenizers library: it cannot carry a prompt",
             hint="use --format peft, which leaves the tokenizer alone",
         )
-    if token_names(1)[0] in tokenizer.get_vocab():
+    if carries_prompt(tokenizer):
         raise InputError("this checkpoint already carries a prompt", hint="stitch onto the checkpoint it was made from")
     if layout == "bos-prompt-text" and tokenizer.bos_token_id is None:
         raise InputError("the prompt stands after a BOS token, which this tokenizer does not have")

@@ -1,7 +1,7 @@
 """Perplexity of several checkpoints and prompts on several texts, in one table."""
 
 import contextlib
-import json
+import itertools
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -22,7 +22,7 @@ from ctp_cli.files import write_json
 from ctp_cli.models.loading import decoder_embedding, load_config, load_model, load_tokenizer, packed_format
 from ctp_cli.models.resolve import ResolvedModel
 from ctp_cli.progress import SILENT, Progress
-from ctp_cli.prompts.file import PROMPT_FILE, AnyPrompt, check_fits, load_prompt
+from ctp_cli.prompts.file import PROMPT_FILE, AnyPrompt, check_fits, data_of, load_prompt, parsed_data
 from ctp_cli.prompts.prefix import behind_bos, bos_before, bos_prefix, prefix_of, rows_prefix
 from ctp_cli.prompts.vocab import token_names
 from ctp_cli.recipe import EvalSection
@@ -93,7 +93,9 @@ def evaluate(
         raise InputError("two texts have the same label", hint="write LABEL=FILE[:COLUMN] to tell them apart")
     prompts = {target.label: _load_prompt(section, target) for target in targets}
     tokens = {target.label: _windows(section, target, texts) for target in targets}
-    warnings = _overlaps(prompts, texts)
+    warnings = _overlaps({target.label: _prompt_data(target, prompts[target.label]) for target in targets}, texts)
+    if section.packed and all(packed_format(load_config(t.model.path), t.model.path) is None for t in targets):
+        progress.say("no effect: packed, since no model here is quantized")
     identity = {"eval": section.model_dump(), "inputs": _inputs(targets)}
     base_model = (manifest_of(targets[0].model.path) or {}).get("base_model", targets[0].model.name)
     place = contextlib.nullcontext() if output is None else workspace(output, kind=KIND, identity=identity, force=force)
@@ -213,38 +215,42 @@ def _stitched(network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> t
     return rows, tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
 
 
-def _overlaps(prompts: dict[str, AnyPrompt | None], texts: Sequence[Text]) -> tuple[str, ...]:
+def _prompt_data(target: Target, prompt: AnyPrompt | None) -> dict[str, Any]:
+    """What a given prompt, or that which is stitched into the checkpoint, says of its texts."""
+    if prompt is not None:
+        return data_of(prompt)
+    stitched = (manifest_of(target.model.path) or {}).get("prompt")
+    return parsed_data(stitched.get("data")) if isinstance(stitched, dict) else {}
+
+
+def _overlaps(known: dict[str, dict[str, Any]], texts: Sequence[Text]) -> tuple[str, ...]:
     """A figure on text that made or chose the prompt is not a result; say so."""
     warnings = []
-    for label, prompt in prompts.items():
-        data = _data_of(prompt)
-        for text in texts:
-            for what, verb in (("text", "learned from"), ("validation", "chosen on"), ("file", "learned from")):
-                if data.get(f"{what}_sha256") == text.sha256:
-                    warnings.append(f"{label}: its prompt was {verb} {text.label}; that figure is not a result")
-            if _was_streamed(data, text):
+    for (label, latest), text in itertools.product(known.items(), texts):
+        data: Any = latest
+        while isinstance(data, dict):
+            how = [
+                verb
+                for what, verb in (("text", "learned from"), ("validation", "chosen on"), ("file", "learned from"))
+                if data.get(f"{what}_sha256") == text.sha256
+            ]
+            if how:
+                warnings.append(f"{label}: its prompt was {how[0]} {text.label}; that figure is not a result")
+            elif _begins_alike(data, text):
                 warnings.append(
                     f"{label}: its prompt was learned from a text that begins as {text.label} does; that figure is not "
                     "a result"
                 )
-    return tuple(warnings)
+            data = data.get("init")  # of the prompt that this one was learned from
+    return tuple(dict.fromkeys(warnings))
 
 
-def _was_streamed(data: dict[str, Any], text: Text) -> bool:
-    """Of a streamed text, which nobody has read whole, the prompt knows how its files begin, or its name."""
+def _begins_alike(data: dict[str, Any], text: Text) -> bool:
+    """Whatever its form. Of a text that was streamed, and read whole by nobody, its name may be all that is known."""
     beginnings = data.get("text_beginnings")
     if not isinstance(beginnings, list):
         return False
     return text.beginning in beginnings if beginnings else data.get("text") == text.source
-
-
-def _data_of(prompt: AnyPrompt | None) -> dict[str, Any]:
-    """What the prompt says of its texts; other tools may have written anything there."""
-    try:
-        data = json.loads(prompt.metadata.data or "{}") if prompt is not None else {}
-    except (ValueError, RecursionError):
-        return {}
-    return data if isinstance(data, dict) else {}
 
 
 def _report(

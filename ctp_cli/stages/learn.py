@@ -3,7 +3,7 @@
 import contextlib
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -19,6 +19,7 @@ from transformers.cache_utils import Cache
 from ctp_cli.artifact import (
     IDENTITY,
     Workspace,
+    differences,
     file_fingerprint,
     folder_fingerprint,
     manifest_of,
@@ -29,7 +30,7 @@ from ctp_cli.artifact import (
 from ctp_cli.benchmark.figures import learning_figure
 from ctp_cli.data.batches import WholeText
 from ctp_cli.data.windows import bos_of
-from ctp_cli.errors import InputError, NotFiniteError, RecipeError, UnknownTokenError
+from ctp_cli.errors import CtpError, InputError, NotFiniteError, RecipeError, UnknownTokenError
 from ctp_cli.evaluation.perplexity import perplexity
 from ctp_cli.files import read_json
 from ctp_cli.models.loading import decoder_embedding, load_model, load_tokenizer
@@ -44,14 +45,17 @@ from ctp_cli.prompts.file import (
     KvPrefix,
     Prompt,
     PromptMetadata,
+    data_of,
     fingerprint_embedding,
     fingerprint_tokenizer,
+    load_prompt,
     save_prompt,
 )
 from ctp_cli.prompts.losses import KvPrefixLoss, PromptedLoss, SoftPromptLoss
 from ctp_cli.prompts.prefix import bos_prefix
 from ctp_cli.prompts.teacher import FILES, Teacher
 from ctp_cli.prompts.training import LearningSettings, Progressing, from_main, learn
+from ctp_cli.prompts.vocab import carries_prompt
 from ctp_cli.recipe import LearnSection
 from ctp_cli.stages.learning_text import LearningText, learning_text
 from ctp_cli.stages.start import earlier_file, refuse_strangers, start
@@ -99,17 +103,22 @@ def learn_prompt(
     tokenizer = load_tokenizer(models[0].path)
     if section.bos:
         bos_of(tokenizer)  # a tokenizer without one is refused before the models are read
+    _refuse_stitched(models)
     text = learning_text(section, models[0], tokenizer)
     identity = _identity(section, models, teacher, text)
     accelerator = _accelerator(section, device, output)
     _check_can_be_shared(section, accelerator.num_processes)
-    dtype = from_main(_dtype(section, models, device, output, accelerator.num_processes if section.shard else 1))
-    identity["learn"]["dtype"] = dtype
+    dtype = from_main(
+        _dtype(section, models, device, output, identity, accelerator.num_processes if section.shard else 1)
+    )
+    identity["held_in"] = dtype
     networks = _load_all(section, models, dtype, device, progress)
     tables = [one(lambda model: fingerprint_embedding(decoder_embedding(model).weight)) for one in networks]
     refuse_strangers(models, tables, tokenizer)
     _check_teacher(teacher, models[0], tokenizer)
-    job = _Job(section, models, tokenizer, text, networks, tables[0])
+    earlier = earlier_file(section)
+    data = None if earlier is None else data_of(load_prompt(earlier))
+    job = _Job(section, models, tokenizer, text, networks, tables[0], data)
     module = job.module()
     if isinstance(text.batches, WholeText):  # of others, batch by batch
         module.check_ids(text.batches.ids_T)
@@ -120,10 +129,10 @@ def learn_prompt(
         accelerator.wait_for_everyone()
         if space is not None and space.resumed and state_path.exists():
             progress.say(f"going on with the unfinished work in {space.path}")
-        accelerator.init_trackers("learn")
-        unprompted = job.perplexity(module, prompted=False)
-        progress.say(f"validation perplexity without a prompt: {unprompted:.3f}")
-        with _left_nowhere_to_go_on(space):
+        with _left_nowhere_to_go_on(space, state_path):
+            accelerator.init_trackers("learn")
+            unprompted = job.perplexity(module, prompted=False)
+            progress.say(f"validation perplexity without a prompt: {unprompted:.3f}")
             state = learn(
                 module,
                 text.batches,
@@ -152,6 +161,8 @@ class _Job:
     networks: list[Frozen]
     table: str
     """Fingerprint of the models' embedding table."""
+    earlier: dict[str, Any] | None
+    """What an earlier prompt that this one starts from says of its texts."""
 
     def module(self) -> PromptedLoss:
         section, text, model = self.section, self.text, self.models[0]
@@ -192,7 +203,7 @@ class _Job:
             tokenizer_fingerprint=fingerprint_tokenizer(self.tokenizer),
             embedding_fingerprint=self.table,
             compression=json.dumps(compressions[0] if len(self.models) == 1 else compressions),
-            data=json.dumps(self.text.data),
+            data=json.dumps(self.text.data | ({} if self.earlier is None else {"init": self.earlier})),
             steps=state.best_step,
             dtype=self.dtype,
             seed=self.section.seed,
@@ -205,12 +216,15 @@ class _Job:
 
 
 @contextlib.contextmanager
-def _left_nowhere_to_go_on(space: Workspace | None) -> Iterator[None]:
-    """Where learning diverges, or comes to tokens that the model does not know, the same command would do so again."""
+def _left_nowhere_to_go_on(space: Workspace | None, state: Path) -> Iterator[None]:
+    """Where learning diverges, or comes to tokens that the model does not know, the same command would do so again;
+    what is at fault before anything was learned is to be mended, and leaves nothing.
+    """
     try:
         yield
-    except (NotFiniteError, UnknownTokenError):
-        if space is not None:
+    except CtpError as error:
+        again = isinstance(error, NotFiniteError | UnknownTokenError)
+        if space is not None and (again or not state.exists()):
             space.discard()
         raise
 
@@ -264,6 +278,15 @@ def _check_before_reading(
         manifest_of(one.path)  # a damaged one is refused before anything is learned
     if section.mixed_precision == "fp16" and device == "cpu":
         raise RecipeError("learn.mixed_precision: fp16 needs a GPU", hint="use bf16 or no on a CPU")
+
+
+def _refuse_stitched(models: Sequence[ResolvedModel]) -> None:
+    for model in models:
+        if carries_prompt(load_tokenizer(model.path)):
+            raise InputError(
+                f"{model.path} already carries a prompt",
+                hint="learn on the checkpoint without it (ctp unstitch); --init starts from an earlier prompt",
+            )
 
 
 def _check_teacher(teacher: ResolvedModel | None, model: ResolvedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -322,17 +345,26 @@ def _load(path: Path, dtype: torch.dtype | None, device: str, section: LearnSect
     return Frozen(network)
 
 
-def _dtype(section: LearnSection, models: Sequence[ResolvedModel], device: str, output: Path, shards: int) -> str:
+def _dtype(
+    section: LearnSection,
+    models: Sequence[ResolvedModel],
+    device: str,
+    output: Path,
+    identity: Mapping[str, Any],
+    shards: int,
+) -> str:
     """The section's, auto made definite; work that goes on keeps what was chosen when it began, whatever is free now.
 
     Which of the two it is shows in the prompt's bits.
     """
     if section.dtype != "auto":
         return section.dtype
-    identity = unfinished(output) / IDENTITY
-    before = read_json(identity).get("learn") if identity.exists() else None
-    if isinstance(before, dict) and before.get("dtype") in get_args(LearnSection.model_fields["dtype"].annotation):
-        return str(before["dtype"])
+    file = unfinished(output) / IDENTITY
+    before = read_json(file) if file.exists() else None
+    if isinstance(before, dict) and before.get("held_in") in get_args(LearnSection.model_fields["dtype"].annotation):
+        same = not differences({**before, "held_in": None}, json.loads(json.dumps({**identity, "held_in": None})))
+        if same:
+            return str(before["held_in"])
     in_16_bits = section.packed or section.mixed_precision != "no"  # packed: memory is what counts
     wider = not in_16_bits and wider_is_faster(models, device=device, shards=shards)
     return "float32" if wider else "checkpoint"
@@ -363,6 +395,7 @@ def _teacher(job: _Job, model: ResolvedModel, folder: Path, device: str) -> Teac
         section.teacher_tokens,
         section.shard,
         job.bos_id,
+        job.networks[0].model.get_output_embeddings().weight.shape[0],
     )
 
 

@@ -38,7 +38,12 @@ def learning_text(section: LearnSection, model: ResolvedModel, tokenizer: PreTra
     text, validation = _texts(section, spec, whole)
     ids_T = token_ids(text, tokenizer)
     windows(ids_T, section.seqlen, text=text, at_least=section.batch_size + 1)
-    data = {"text": text.source, "text_sha256": text.sha256, "file_sha256": whole.sha256}
+    data = {
+        "text": text.source,
+        "text_sha256": text.sha256,
+        "file_sha256": whole.sha256,
+        "text_beginnings": [whole.beginning],
+    }
     return LearningText(
         WholeText(ids_T, section.seqlen, section.batch_size, section.seed),
         _selection(section, validation, tokenizer),

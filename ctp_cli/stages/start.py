@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from ctp_kernels.prefix import key_values_of
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -23,7 +22,7 @@ from ctp_cli.prompts.file import (
     fingerprint_tokenizer,
     load_prompt,
 )
-from ctp_cli.prompts.prefix import behind_bos, prefix_of, rows_prefix
+from ctp_cli.prompts.prefix import behind_bos, kv_of, prefix_of, rows_prefix
 from ctp_cli.prompts.training import random_rows
 from ctp_cli.recipe import LearnSection
 
@@ -67,7 +66,7 @@ def start(
     elif soft:
         return _random_start(section, network, tokenizer)
     else:
-        rows_PD = _embedded(network, text.beginning(_rows(section)))
+        rows_PD = _embedded(network, _beginning(section, text))
     return rows_PD.cpu() if soft else _key_values(rows_PD, network, bos_id)
 
 
@@ -76,8 +75,18 @@ def _rows(section: LearnSection) -> int:
     return section.tokens - (section.bos and section.method == "kv-prefix")
 
 
+def _beginning(section: LearnSection, text: Batches) -> Tensor:
+    ids_T, wanted = text.beginning(_rows(section)), _rows(section)
+    if ids_T.numel() < wanted:
+        raise InputError(
+            f"the text has {ids_T.numel()} tokens, from which a kv-prefix of {section.tokens} cannot start",
+            hint=f"use a longer text, fewer --tokens, or --init {_TEXT}WORDS",
+        )
+    return ids_T
+
+
 def _key_values(rows_PD: Tensor, network: PreTrainedModel, bos_id: int | None) -> Tensor:
-    return key_values_of(rows_prefix(behind_bos(rows_PD, network, bos_id), network)).float().cpu()
+    return kv_of(rows_prefix(behind_bos(rows_PD, network, bos_id), network), network).float().cpu()
 
 
 def _start_from(
@@ -91,13 +100,13 @@ def _start_from(
     soft = section.method == "soft-prompt"
     if soft and isinstance(earlier, KvPrefix):
         raise InputError(f"{section.init} is a kv-prefix, which has no rows", hint="use --method kv-prefix")
-    own_PD = _embedded(network, text.beginning(_rows(section)))
+    own_PD = _embedded(network, _beginning(section, text))
     if isinstance(earlier, Prompt):
         _check_size(section, earlier.embeddings[None], own_PD[None].cpu(), "embeddings")
         if soft:
             return earlier.embeddings
     before = bos_id if isinstance(earlier, Prompt) else None
-    given_L2HPC = key_values_of(prefix_of(earlier, network, name=str(model.path), bos_id=before)).float().cpu()
+    given_L2HPC = kv_of(prefix_of(earlier, network, name=str(model.path), bos_id=before), network).float().cpu()
     if isinstance(earlier, KvPrefix):
         own_L2HPC = _key_values(own_PD, network, bos_id)
         _check_size(section, given_L2HPC.flatten(0, 1), own_L2HPC.flatten(0, 1), "keys and values")

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ctp_kernels.prefix import key_values_of
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ctp_cli.artifact import (
@@ -38,7 +37,7 @@ from ctp_cli.prompts.file import (
     save_prompt,
 )
 from ctp_cli.prompts.peft_export import BOS_INSIDE, export_peft, export_peft_prefix
-from ctp_cli.prompts.prefix import bos_before, prefix_of
+from ctp_cli.prompts.prefix import bos_before, kv_of, prefix_of
 from ctp_cli.prompts.stitching import stitch_vocabulary
 from ctp_cli.prompts.vocab import check_tokenizer
 from ctp_cli.recipe import StitchSection
@@ -180,7 +179,7 @@ def _kv(
     notes: tuple[str, ...],
 ) -> tuple[StitchReport, dict[str, Any]]:
     bos_id = bos_before(prompt, tokenizer)
-    key_values = key_values_of(prefix_of(prompt, model, name=str(model_path), bos_id=bos_id)).float()
+    key_values = kv_of(prefix_of(prompt, model, name=str(model_path), bos_id=bos_id), model).float()
     if prompt.metadata.layout == "bos-prompt-text":
         notes = (*notes, BOS_INSIDE)
     file = space.path / PROMPT_FILE

@@ -30,11 +30,14 @@ class StopAfter(SilentProgress):
                 raise KeyboardInterrupt
 
 
-def run(models: Path | list[Path], output: Path, progress: Any = None, **changes: Any) -> LearnReport:
+def run(
+    models: Path | list[Path], output: Path, progress: Any = None, *, force: bool = False, **changes: Any
+) -> LearnReport:
     section = LearnSection(**(SECTION | changes))
     resolved = [resolve_model(str(path)) for path in (models if isinstance(models, list) else [models])]
     teacher = resolve_model(section.teacher) if section.teacher else None
-    return learn_prompt(section, models=resolved, teacher=teacher, output=output, progress=progress or SilentProgress())
+    options: dict[str, Any] = {"teacher": teacher, "force": force, "progress": progress or SilentProgress()}
+    return learn_prompt(section, models=resolved, output=output, **options)
 
 
 class Listening(SilentProgress):

@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from learning_runs import Listening, StopAfter, run
-from tiny_models import tiny_model
+from tiny_models import VOCAB_SIZE, tiny_model
 
 from ctp_cli.data.batches import batch_at
 from ctp_cli.data.sources import load_text
 from ctp_cli.data.windows import token_ids, windows
-from ctp_cli.errors import InputError, OutputError, RecipeError
+from ctp_cli.errors import CtpError, InputError, OutputError, RecipeError, UnsupportedModelError
 from ctp_cli.evaluation.perplexity import compare, perplexity
 from ctp_cli.models.head import Scorer, SoftTargets
 from ctp_cli.models.loading import load_model, load_tokenizer
@@ -24,9 +25,10 @@ from ctp_cli.prompts.file import load_prompt
 from ctp_cli.prompts.losses import SoftPromptLoss
 from ctp_cli.prompts.prefix import prefix_of
 from ctp_cli.prompts.training import learning_rate_at
-from ctp_cli.recipe import CompressSection
+from ctp_cli.recipe import CompressSection, StitchSection
 from ctp_cli.stages.compress import compress
 from ctp_cli.stages.learn import LearnReport
+from ctp_cli.stages.stitch import stitch
 
 
 @pytest.mark.parametrize("family", ["llama", "llama_tied_gqa", "opt350", "gpt2", "gemma", "bloom", "gpt_neox", "phi"])
@@ -287,3 +289,52 @@ def test_the_learning_rate_can_be_searched_for(compressed: Path, tmp_path: Path)
     assert torch.equal(*(load_prompt(report.prompt_file).embeddings for report in (found, by_hand)))
     short = run(compressed, tmp_path / "short", learning_rate=best, steps=20, validate_every=20)
     assert short.history[-1][1] == pytest.approx(values[best], abs=1e-3)
+
+
+def test_a_teacher_with_a_longer_table_is_asked_for_the_student_s_tokens(tmp_path: Path) -> None:
+    model = tiny_model("llama", tmp_path / "model")
+    teacher = tiny_model("llama", tmp_path / "teacher", vocab_size=VOCAB_SIZE + 64, seed=1)
+    for count in (8, 1000):
+        report = run(model, tmp_path / f"p{count}", teacher=str(teacher), teacher_tokens=count, steps=2)
+        assert report.steps == 2
+
+
+def test_one_optimizer_serves_a_search_timing_and_learning(
+    compressed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """accelerate undoes the scaling of float16 gradients once for every optimizer that it was given."""
+    prepared: list[Any] = []
+    prepare = Accelerator.prepare_optimizer
+    monkeypatch.setattr(
+        Accelerator,
+        "prepare_optimizer",
+        lambda self, *args, **kwargs: prepared.append(args) or prepare(self, *args, **kwargs),
+    )
+    run(compressed, tmp_path / "p", learning_rate="auto", max_time=600.0)
+    assert len(prepared) == 1
+
+
+@pytest.mark.parametrize("method", ["soft-prompt", "kv-prefix"])
+def test_what_is_at_fault_before_the_first_step_leaves_nothing(method: str, tmp_path: Path) -> None:
+    model = tiny_model("opt", tmp_path / "model")
+    with pytest.raises(CtpError):
+        run(model, tmp_path / "p", seqlen=510, tracker="tensorboard", method=method, text="pydoc:train")
+    assert not list(tmp_path.glob("p*"))
+
+
+def test_a_prefix_longer_than_a_sliding_window_is_refused(tmp_path: Path) -> None:
+    model = tiny_model("mistral", tmp_path / "model", sliding_window=16)
+    with pytest.raises(UnsupportedModelError, match="cannot carry a kv-prefix of 20 tokens"):
+        run(model, tmp_path / "p", method="kv-prefix", tokens=20)
+    soft = run(model, tmp_path / "soft", tokens=20, steps=1).prompt_file
+    with pytest.raises(UnsupportedModelError, match="cannot carry a kv-prefix of 20 tokens"):
+        stitch(StitchSection(format="kv"), prompt_path=soft, model_path=model, output=tmp_path / "stitched")
+
+
+def test_a_prefix_for_models_of_other_depths_is_refused(tmp_path: Path) -> None:
+    models = [tiny_model("llama", tmp_path / str(depth), num_hidden_layers=depth) for depth in (2, 1)]
+    weights = [load_model(path) for path in models]
+    weights[1].set_input_embeddings(weights[0].get_input_embeddings())
+    weights[1].save_pretrained(models[1])
+    with pytest.raises(InputError, match="not shaped as those of the first model"):
+        run(models, tmp_path / "p", method="kv-prefix")

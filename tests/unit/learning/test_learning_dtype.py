@@ -74,8 +74,19 @@ def test_work_that_goes_on_keeps_the_dtype_chosen_when_it_began(
     whole = run(stored_in_16_bits, tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
         run(stored_in_16_bits, tmp_path / "cut", StopAfter(5))
-    with pytest.raises(OutputError, match=r"learn\.dtype was float32, is bfloat16"):
+    with pytest.raises(OutputError, match=r"learn\.dtype was auto, is bfloat16"):
         run(stored_in_16_bits, tmp_path / "cut", dtype="bfloat16")
     processor.available = 0
     resumed = run(stored_in_16_bits, tmp_path / "cut")
     assert resumed.prompt_file.read_bytes() == whole.prompt_file.read_bytes()
+
+
+def test_other_work_that_was_begun_decides_no_dtype(
+    stored_in_16_bits: Path, processor: SimpleNamespace, tmp_path: Path
+) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run(stored_in_16_bits, tmp_path / "cut", StopAfter(5), dtype="bfloat16")
+    with pytest.raises(OutputError, match=r"learn\.dtype was bfloat16, is auto"):
+        run(stored_in_16_bits, tmp_path / "cut")
+    run(stored_in_16_bits, tmp_path / "cut", force=True, seed=5)
+    assert _dtype_of(tmp_path / "cut") == "float32"
