@@ -51,7 +51,7 @@ class Text:
 
     @property
     def beginning(self) -> str:
-        """A short hash of its first characters, white space apart: a text's and that of its first part, if long enough."""
+        """A short hash of its first characters, white space apart: also that of a first part which is long enough."""
         parts = range(0, len(self.content), _BEGINNING)
         return hash_of_beginning(self.content[start : start + _BEGINNING] for start in parts)
 
