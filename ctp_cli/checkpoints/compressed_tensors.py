@@ -21,10 +21,13 @@ from ctp_cli.checkpoints.parts import (
     check_symmetric,
     check_there,
     check_whole_words,
+    float16_scales,
     groups_fit,
+    known_bits,
     middle_zeros,
     misfit,
     runs_of_inputs,
+    whole_number,
 )
 from ctp_cli.compression.solver import Codes
 from ctp_cli.errors import InputError
@@ -51,6 +54,8 @@ class CompressedTensorsSettings:
     symmetric: bool
     scale_dtype: torch.dtype = torch.float16
     """Readers turn scales into the model's dtype: those of a bfloat16 model should be bfloat16 from the start."""
+    dense: tuple[str, ...] = ()
+    """Linear layers that are not quantized, beside lm_head."""
 
     def to_config(self) -> dict[str, Any]:
         grouped = self.group_size > 0
@@ -67,7 +72,7 @@ class CompressedTensorsSettings:
             "quant_method": self.name,
             "format": _PACKED,
             "quantization_status": "compressed",
-            "ignore": ["lm_head"],
+            "ignore": ["lm_head", *self.dense],
             "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
         }
 
@@ -85,9 +90,9 @@ class CompressedTensorsSettings:
         if not weights or any(w != weights[0] for w in weights) or not isinstance(weights[0], dict):
             raise InputError(f"{path}: its config_groups are missing, or not the same for all layers")
         bits, group, strategy = (weights[0].get(key) for key in ("num_bits", "group_size", "strategy"))
-        if bits not in (2, 3, 4, 8) or weights[0].get("type") != "int" or strategy not in ("group", "channel"):
+        if not known_bits(bits) or weights[0].get("type") != "int" or strategy not in ("group", "channel"):
             raise InputError(f"{path}: weights num_bits={bits!r}, strategy={strategy!r} are not known")
-        if strategy == "group" and (not isinstance(group, int) or group <= 0):
+        if strategy == "group" and not whole_number(group, least=1):
             raise InputError(f"{path}: weights group_size={group!r}")
         return cls(
             bits,
@@ -108,9 +113,12 @@ class CompressedTensorsSettings:
                 f"{name}: its groups are no runs of inputs, which {self.name} no longer stores",
                 hint="use --format gptq",
             )
+        scales_OG = codes.scales_OG.to(self.scale_dtype)
+        if self.scale_dtype == torch.float16:
+            scales_OG = float16_scales(name, codes.scales_OG)
         tensors = {
             f"{name}.weight_packed": pack_rows(codes.codes_OI.T, self.bits).T.contiguous(),
-            f"{name}.weight_scale": codes.scales_OG.to(self.scale_dtype),
+            f"{name}.weight_scale": scales_OG,
             f"{name}.weight_shape": torch.tensor([outputs, inputs]),
         }
         if self.symmetric:

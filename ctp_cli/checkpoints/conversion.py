@@ -22,17 +22,18 @@ def converted_files(
     layers: dict[str, dict[str, Path]] = {}
     for name, file in files.items():
         layer, _, part = name.rpartition(".")
-        if part in source.parts and f"{layer}.{source.parts[0]}" in files:
+        if part in source.parts:
             layers.setdefault(layer, {})[part] = file
     packed = {f"{layer}.{part}" for layer, parts in layers.items() for part in parts}
-    for file in sorted(set(files.values())):
+    prefix, count = "model" if target is None else target.weights_prefix, len(set(files.values()))
+    for number, file in enumerate(sorted(set(files.values())), start=1):
         with reading(file) as handle:
             tensors = {name: handle.get_tensor(name) for name in handle.keys() if name not in packed}  # noqa: SIM118
         for layer, parts in layers.items():
             if max(parts.values()) == file:  # a layer goes where the last of its parts was
                 tensors |= _converted(layer, _read(layer, parts), source, target, dtype, layer in transposed)
         if tensors:
-            yield _renamed(file.name, target), tensors
+            yield f"{prefix}-{number:05}-of-{count:05}.safetensors", tensors
 
 
 def _read(layer: str, parts: dict[str, Path]) -> dict[str, Tensor]:
@@ -53,10 +54,3 @@ def _converted(
     outputs, inputs = codes.codes_OI.shape
     target.check_layer(layer, out_features=outputs, in_features=inputs)
     return target.pack(layer, codes)
-
-
-def _renamed(name: str, target: LayerFormat | None) -> str:
-    """model-00002-of-00031.safetensors or model.safetensors -> the same with the format's prefix, and numbered."""
-    prefix = "model" if target is None else target.weights_prefix
-    rest = name.removesuffix(".safetensors").partition("-")[2]
-    return f"{prefix}-{rest or '00001-of-00001'}.safetensors"

@@ -3,7 +3,7 @@
 O=out_features G=groups
 """
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -94,10 +94,15 @@ def same_in(name: str, source: LayerFormat, *, scattered: bool) -> LayerFormat |
     )
 
 
-def read_dense_state(path: Path, form: LayerFormat, *, dtype: torch.dtype, transposed: set[str]) -> dict[str, Tensor]:
-    """All tensors of a checkpoint, packed layers dequantized to `dtype`; layers in `transposed` as (in, out)."""
+def read_dense_state(
+    files: Mapping[str, Path], form: LayerFormat, *, dtype: torch.dtype, transposed: set[str]
+) -> dict[str, Tensor]:
+    """All tensors of a checkpoint, packed layers dequantized to `dtype`; layers in `transposed` as (in, out).
+
+    `files`: tensor name -> file.
+    """
     state: dict[str, Tensor] = {}
-    for name, read in _layers_and_rest(path, form):
+    for name, read in _layers_and_rest(files, form):
         if isinstance(read, dict):
             state[f"{name}.weight"] = _dense(name, read, form, dtype, name in transposed)
         else:
@@ -106,17 +111,18 @@ def read_dense_state(path: Path, form: LayerFormat, *, dtype: torch.dtype, trans
 
 
 def read_packed_state(
-    path: Path, form: LayerFormat, *, dtype: torch.dtype
+    files: Mapping[str, Path], form: LayerFormat, *, dtype: torch.dtype
 ) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]], PackedSettings]:
     """All other tensors of a checkpoint in `dtype`, and each packed layer's parts as format ctp has them.
 
+    `files`: tensor name -> file.
     Raises: InputError if a layer is not whole, or format ctp cannot hold it.
     """
     target = same_in(PackedSettings.name, form, scattered=False)
     assert isinstance(target, PackedSettings)
     rest: dict[str, Tensor] = {}
     layers: dict[str, dict[str, Tensor]] = {}
-    for name, read in _layers_and_rest(path, form):
+    for name, read in _layers_and_rest(files, form):
         if not isinstance(read, dict):
             rest[name] = read.to(dtype) if read.is_floating_point() else read
             continue
@@ -132,10 +138,10 @@ def read_packed_state(
     return rest, layers, target
 
 
-def _layers_and_rest(path: Path, form: LayerFormat) -> Iterator[tuple[str, Tensor | dict[str, Tensor]]]:
+def _layers_and_rest(files: Mapping[str, Path], form: LayerFormat) -> Iterator[tuple[str, Tensor | dict[str, Tensor]]]:
     """Name and tensor, or name and parts of a packed layer as soon as all of them are read."""
     packed: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in _tensors(path):
+    for name, tensor in _tensors(files):
         layer, _, part = name.rpartition(".")
         if part not in form.parts:
             yield name, tensor
@@ -151,8 +157,10 @@ def _dense(layer: str, parts: dict[str, Tensor], form: LayerFormat, dtype: torch
     return (values_OI.T if transposed else values_OI).contiguous()
 
 
-def _tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
-    for file in sorted(path.glob("*.safetensors")):
+def _tensors(files: Mapping[str, Path]) -> Iterator[tuple[str, Tensor]]:
+    """Those that the index names, where it says they are: other files may lie beside."""
+    for file in sorted(set(files.values())):
         with safe_open(file, "pt") as handle:
             for name in handle.keys():  # noqa: SIM118 - not a dict
-                yield name, handle.get_tensor(name)
+                if files.get(name) == file:
+                    yield name, handle.get_tensor(name)

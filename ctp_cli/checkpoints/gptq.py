@@ -6,6 +6,7 @@ asymmetric v1 file that it did not make itself, because others have disagreed ab
 O=out_features I=in_features G=groups
 """
 
+import re
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +21,10 @@ from ctp_cli.checkpoints.parts import (
     check_whole_words,
     float16_scales,
     groups_fit,
+    known_bits,
     misfit,
     runs_of_inputs,
+    whole_number,
 )
 from ctp_cli.compression.solver import Codes
 from ctp_cli.errors import InputError
@@ -41,6 +44,8 @@ class GPTQSettings:
     desc_act: bool
     zero_offset: int = 1
     """v1 stores zero - 1, v2 stores zero."""
+    dense: tuple[str, ...] = ()
+    """Linear layers that are not quantized, beside lm_head."""
     # how the codes were found, which no reader needs; None is not known, and not said
     dampening: float | None = None
     true_sequential: bool | None = None
@@ -48,7 +53,7 @@ class GPTQSettings:
 
     def to_config(self) -> dict[str, Any]:
         """As it stands in config.json and in quantize_config.json."""
-        known = {
+        known: dict[str, Any] = {
             "quant_method": "gptq",
             "checkpoint_format": "gptq" if self.zero_offset else "gptq_v2",
             "bits": self.bits,
@@ -59,6 +64,7 @@ class GPTQSettings:
             "static_groups": self.static_groups,
             "true_sequential": self.true_sequential,
             "lm_head": False,
+            "dynamic": {f"-:^{re.escape(name)}$": {} for name in self.dense} or None,  # GPTQModel's word for left out
         }
         return {key: value for key, value in known.items() if value is not None}
 
@@ -67,7 +73,7 @@ class GPTQSettings:
         """Raises InputError for settings that are missing or make no sense."""
         bits, group = config.get("bits"), config.get("group_size", -1)
         form = config.get("checkpoint_format") or config.get("format") or "gptq"
-        if bits not in (2, 3, 4, 8) or not isinstance(group, int) or form not in ("gptq", "gptq_v2"):
+        if not known_bits(bits) or not whole_number(group, least=-1) or form not in ("gptq", "gptq_v2"):
             raise InputError(
                 f"{path}: gptq settings bits={bits!r}, group_size={group!r}, checkpoint_format={form!r} are not known"
             )
@@ -91,7 +97,7 @@ class GPTQSettings:
         stored_zeros_OG = codes.zeros_OG.to(torch.int64) - self.zero_offset
         return {
             f"{name}.qweight": pack_rows(codes.codes_OI.T, self.bits),
-            f"{name}.qzeros": pack_rows(stored_zeros_OG, self.bits).T.contiguous(),
+            f"{name}.qzeros": pack_rows(stored_zeros_OG & (2**self.bits - 1), self.bits).T.contiguous(),
             f"{name}.scales": float16_scales(name, codes.scales_OG).T.contiguous(),
             f"{name}.g_idx": codes.g_idx_I.to(torch.int32),
         }

@@ -27,9 +27,11 @@ from ctp_cli.checkpoints.parts import (
     check_there,
     float16_scales,
     groups_fit,
+    known_bits,
     middle_zeros,
     misfit,
     runs_of_inputs,
+    whole_number,
 )
 from ctp_cli.compression.solver import Codes
 from ctp_cli.errors import InputError
@@ -71,7 +73,7 @@ class PackedSettings:
                 f"{path}: version {config.get('version')!r} of format ctp, this is {_VERSION}",
                 hint="use the ctp that made it, or a later one",
             )
-        if bits not in (2, 3, 4, 8) or not isinstance(group, int) or (sparsity is not None and run is None):
+        if not known_bits(bits) or not whole_number(group, least=-1) or (sparsity is not None and run is None):
             raise InputError(f"{path}: ctp settings bits={bits!r}, group_size={group!r}, sparsity={sparsity!r}")
         return cls(bits, group, bool(config.get("sym", True)), (int(run[1]), int(run[2])) if run else None)
 
@@ -141,7 +143,9 @@ class PackedSettings:
         g_idx_I = parts.get("g_idx", runs_of_inputs(inputs, self.group_size))
         middle_OG = middle_zeros(outputs, groups, self.bits)
         zeros_OG = middle_OG if self.symmetric else parts.get("zeros", torch.empty(0))
-        if zeros_OG.shape != middle_OG.shape or zeros_OG.dtype != torch.uint8:
+        if zeros_OG.shape != middle_OG.shape or zeros_OG.dtype != torch.uint8 or int(zeros_OG.max()) >= 2**self.bits:
+            raise wrong
+        if self.symmetric and "zeros" in parts:
             raise wrong
         if not groups_fit(g_idx_I, inputs, groups):
             raise wrong

@@ -6,13 +6,16 @@ O=out_features I=in_features G=groups
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ctp_cli.errors import InputError
+
+_HALF_ROUNDING = 2.0**-11 * 1.001
+"""Of a number that float16 holds with all of its bits."""
 
 
 @contextlib.contextmanager
@@ -35,7 +38,7 @@ def groups_fit(g_idx_I: Tensor, inputs: int, groups: int) -> bool:
     return (
         inputs > 0
         and g_idx_I.shape == (inputs,)
-        and not g_idx_I.is_floating_point()
+        and g_idx_I.dtype in (torch.int32, torch.int64, torch.int16, torch.uint8, torch.int8)
         and 0 <= int(g_idx_I.min()) <= int(g_idx_I.max()) < groups
     )
 
@@ -52,11 +55,22 @@ def check_symmetric(layer: str, zeros_OG: Tensor, bits: int) -> None:
 
 
 def float16_scales(layer: str, scales_OG: Tensor) -> Tensor:
-    """Raises InputError for scales that float16 does not reach, as others' bfloat16 ones may be."""
+    """Raises InputError for scales that float16 does not reach with all its bits, as others' bfloat16 ones may be."""
     half_OG = scales_OG.half()
-    if bool(((half_OG == 0) & (scales_OG != 0)).any()) or not bool(torch.isfinite(half_OG).all()):
+    off_OG = (half_OG.float() - scales_OG.float()).abs()
+    if not bool((off_OG <= scales_OG.float().abs() * _HALF_ROUNDING).all()):
         raise InputError(f"{layer}: its scales are beyond float16, which this format stores", hint="use --format dense")
     return half_OG
+
+
+def known_bits(value: object) -> TypeGuard[int]:
+    """Whether a setting is a width that ctp has: not 4.0."""
+    return type(value) is int and value in (2, 3, 4, 8)
+
+
+def whole_number(value: object, *, least: int, most: int = 2**31) -> TypeGuard[int]:
+    """Whether a setting is an integer of that range: not 4.0, and not true."""
+    return type(value) is int and least <= value <= most
 
 
 def check_whole_words(layer: str, form: str, *, out_features: int, in_features: int, bits: int) -> None:

@@ -19,6 +19,8 @@ from ctp_cli.checkpoints.packed_linear import PackedLinear, prepare_layers
 if not hasattr(HfQuantizer, "update_attn_implementation"):
     raise ImportError("format ctp in transformers needs transformers 5.24 or later")  # the hook that sees the config
 
+_KINDS = {"scales": ("F16", torch.float16), "g_idx": ("I32", torch.int32)}
+"""How parts are stored, that are not uint8."""
 _INDEX = f"{PackedSettings.weights_prefix}.safetensors.index.json"
 
 
@@ -58,6 +60,8 @@ class CtpQuantizer(HfQuantizer):
     ) -> None:
         settings = self.quantization_config.packed
         for name, parts in _packed_layers(checkpoint_files, settings).items():
+            if not hasattr(model, name.partition(".")[0]):  # the model without its head, as AutoModel gives it
+                name = name.removeprefix(f"{model.base_model_prefix}.")
             module = model.get_submodule(name)
             if not isinstance(module, nn.Linear | Conv1D):
                 raise ValueError(f"{name} is packed in the checkpoint and no linear layer in the model")
@@ -78,12 +82,17 @@ class CtpQuantizer(HfQuantizer):
 def _packed_layers(files: Iterable[str], settings: PackedSettings) -> dict[str, dict[str, Tensor]]:
     """Every packed layer's parts as empty tensors, by the headers of the files."""
     layers: dict[str, dict[str, Tensor]] = {}
-    kinds = {"U8": torch.uint8, "F16": torch.float16, "I32": torch.int32}
     for file in files:
         with safe_open(file, "pt") as handle:
             for name in handle.keys():  # noqa: SIM118 - not a dict
                 layer, _, part = name.rpartition(".")
-                if part in settings.parts and (piece := handle.get_slice(name)).get_dtype() in kinds:
-                    empty = torch.empty(piece.get_shape(), dtype=kinds[piece.get_dtype()], device="meta")
-                    layers.setdefault(layer, {})[part] = empty
-    return {layer: parts for layer, parts in layers.items() if {"codes", "scales"} <= parts.keys()}
+                if part not in settings.parts:
+                    continue
+                piece, (kind, dtype) = handle.get_slice(name), _KINDS.get(part, ("U8", torch.uint8))
+                if piece.get_dtype() != kind:
+                    raise ValueError(f"{name} is stored as {piece.get_dtype()}, format ctp has {kind} there")
+                layers.setdefault(layer, {})[part] = torch.empty(piece.get_shape(), dtype=dtype, device="meta")
+    for layer, parts in layers.items():
+        if not {"codes", "scales"} <= parts.keys() or ("zeros" in parts) == settings.symmetric:
+            raise ValueError(f"{layer}: {', '.join(sorted(parts))} are no whole layer of format ctp")
+    return layers

@@ -102,6 +102,18 @@ def _holds_linears(block: nn.Module) -> bool:
     )
 
 
+def other_linears(model: PreTrainedModel, known: Collection[str]) -> tuple[str, ...]:
+    """Names of linear layers that are not among the `known` ones, nor the head."""
+    head = model.get_output_embeddings()
+    return tuple(
+        name
+        for name, module in model.named_modules()
+        if (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D")
+        and module is not head
+        and name not in known
+    )
+
+
 def _refuse_other_matrices(family: str, name: str, block: nn.Module, layers: tuple[LinearLayer, ...]) -> None:
     covered = {id(layer.parameter) for layer in layers}
     for path, parameter in block.named_parameters():

@@ -145,7 +145,7 @@ def _load_dequantized(
 ) -> tuple[Any, dict[str, Any]]:
     skeleton, transposed = dense_skeleton(config)
     dtype = dtype or config.dtype or torch.float16
-    state = read_dense_state(path, form, dtype=dtype, transposed=transposed)
+    state = read_dense_state(weight_files(path), form, dtype=dtype, transposed=transposed)
     check_size(path, skeleton, sum(tensor.numel() for tensor in state.values()))
     return _from_state(skeleton, state, dtype)
 
@@ -153,10 +153,10 @@ def _load_dequantized(
 def _load_packed(path: Path, config: Any, form: LayerFormat, dtype: torch.dtype | None) -> tuple[Any, dict[str, Any]]:
     from ctp_cli.checkpoints.packed_linear import PackedLinear, prepare_layers
 
-    skeleton, _ = dense_skeleton(config)
+    skeleton, transposed = dense_skeleton(config)
     dtype = dtype or config.dtype or torch.float16
     keep_no_freed_memory()
-    state, layers, settings = read_packed_state(path, form, dtype=dtype)
+    state, layers, settings = read_packed_state(weight_files(path), form, dtype=dtype)
     in_layers = sum(8 * parts.get("mask", parts["codes"]).numel() for parts in layers.values())  # or fewer, by the bits
     check_size(path, skeleton, sum(tensor.numel() for tensor in state.values()) + in_layers)
     promised = {f"{name}.weight": Promise(0, skeleton.get_parameter(f"{name}.weight").shape) for name in layers}
@@ -165,6 +165,11 @@ def _load_packed(path: Path, config: Any, form: LayerFormat, dtype: torch.dtype 
         linear = model.get_submodule(name)
         outputs = parts["scales"].shape[0]
         inputs = linear.weight.numel() // outputs
+        if outputs != linear.weight.shape[name in transposed]:
+            raise InputError(
+                f"{path}: {name} has {outputs} outputs, in its config.json {linear.weight.shape[name in transposed]}",
+                hint="copy, download or make it again",
+            )
         packed = PackedLinear(settings, inputs, outputs, parts, bias=False)
         packed.bias = linear.bias
         model.set_submodule(name, packed)

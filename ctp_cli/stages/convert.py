@@ -12,12 +12,15 @@ from pydantic import ValidationError
 
 from ctp_cli.artifact import MANIFEST, all_or_nothing, folder_fingerprint, manifest_of, refuse_existing, workspace
 from ctp_cli.checkpoints import writer
+from ctp_cli.checkpoints.compressed_tensors import CompressedTensorsSettings
 from ctp_cli.checkpoints.conversion import converted_files
 from ctp_cli.checkpoints.formats import same_in
 from ctp_cli.checkpoints.gptq import GPTQSettings
 from ctp_cli.checkpoints.hidden_states import FILE as HIDDEN_STATES
+from ctp_cli.checkpoints.parts import reading
 from ctp_cli.errors import InputError
 from ctp_cli.files import read_json
+from ctp_cli.models.blocks import other_linears
 from ctp_cli.models.loading import check_weight_files, dense_skeleton, load_config, packed_format, weight_files
 from ctp_cli.models.resolve import ResolvedModel
 from ctp_cli.progress import SILENT, Progress
@@ -54,7 +57,15 @@ def convert(
     target = same_in(form, source, scattered=source.scattered(files))
     if isinstance(target, GPTQSettings):
         target = replace(target, **_how_found(made, target))
-    _, transposed = dense_skeleton(config)
+    skeleton, transposed = dense_skeleton(config)
+    if isinstance(target, GPTQSettings | CompressedTensorsSettings):
+        packed = {name.rpartition(".")[0] for name in files if name.endswith(f".{source.parts[0]}")}
+        dense = other_linears(skeleton, packed)
+        if isinstance(target, GPTQSettings):  # readers of it look for codes inside of blocks only
+            dense = tuple(name for name in dense if any(map(str.isdecimal, name.split("."))))
+        target = replace(target, dense=dense)
+    if isinstance(target, CompressedTensorsSettings) and isinstance(source, CompressedTensorsSettings):
+        target = replace(target, scale_dtype=_scale_dtype(files))
     identity = {"convert": form, "model": {"name": model.name, "sha256": folder_fingerprint(model.path)}}
     kind = str(made.get("kind", KIND))
     with workspace(output, kind=kind, identity=identity, force=force) as space, all_or_nothing(space):
@@ -88,6 +99,15 @@ def convert(
         source_bytes=sum(path.stat().st_size for path in set(files.values())),
         checkpoint_bytes=checkpoint_bytes,
     )
+
+
+def _scale_dtype(files: Mapping[str, Path]) -> torch.dtype:
+    """Of the checkpoint's layers."""
+    name = next((name for name in files if name.endswith(".weight_scale")), None)
+    if name is None:
+        return torch.float16
+    with reading(files[name]) as handle:
+        return torch.bfloat16 if handle.get_slice(name).get_dtype() == "BF16" else torch.float16
 
 
 def _how_found(made: Mapping[str, Any], settings: GPTQSettings) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from ctp_cli.compression.grid import GridRule
 from ctp_cli.compression.masks import MaskRule
 from ctp_cli.compression.solver import SolverRule
 from ctp_cli.errors import RecipeError
-from ctp_cli.models.blocks import Block, LinearLayer
+from ctp_cli.models.blocks import Block, LinearLayer, other_linears
 from ctp_cli.recipe import CompressSection
 
 AUTO_GROUP_SIZES = (128, 64, 32)
@@ -49,7 +49,8 @@ class Job:
             run = (rule.mask.n, rule.mask.m) if rule.mask is not None and rule.mask.m else None
             settings = PackedSettings(*common, run)
         elif section.format == CompressedTensorsSettings.name:
-            settings = CompressedTensorsSettings(*common, scale_dtype=grid.scale_dtype)
+            dense = other_linears(network, {layer.name for layer in layers})
+            settings = CompressedTensorsSettings(*common, scale_dtype=grid.scale_dtype, dense=dense)
         else:
             settings = GPTQSettings(
                 *common,

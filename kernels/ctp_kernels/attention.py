@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ctp_kernels.cpu.build import AVX2, AVX512, AVX512_BF16, Level, load
 
@@ -83,6 +84,7 @@ class _Attention(torch.autograd.Function):
         return out_BHTD
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         q_BHTD, k_BKSD, v_BKSD, logs_BHT = ctx.saved_tensors
         outer_BTHD = outer[0].to(q_BHTD.dtype).transpose(1, 2).contiguous()

@@ -14,6 +14,7 @@ M=rows (batch x tokens) N=outputs K=inputs G=groups
 import ctypes
 import functools
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -87,6 +88,9 @@ class PackedLayer:
         parts = self.parts
         sizes = (parts.codes.numel(), parts.outputs, parts.inputs, parts.scales.shape[1])
         return (ctypes.c_int64 * 7)(*sizes, _segment(parts), parts.bits, self._kind)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_sizes"}  # ctypes cannot be pickled
 
     def stored(self, g_idx: Tensor | None) -> PackedParts:
         """The parts this was made of, whose `g_idx` is given."""

@@ -13,9 +13,11 @@ WORD_BITS = 32
 def pack_rows(codes_NM: Tensor, bits: int) -> Tensor:
     """Pack codes (N, M), integers in [0, 2^bits), into int32 words (N * bits / 32, M).
 
-    Raises: ValueError if N * bits is no multiple of 32.
+    Raises: ValueError if N * bits is no multiple of 32, or codes have more bits.
     """
     rows, columns = codes_NM.shape
+    if codes_NM.numel() and not 0 <= int(codes_NM.min()) <= int(codes_NM.max()) < 2**bits:
+        raise ValueError(f"codes from {int(codes_NM.min())} to {int(codes_NM.max())} in {bits} bits")
     if rows * bits % WORD_BITS:
         raise ValueError(f"{rows} codes of {bits} bits do not fill whole 32-bit words")
     codes_NM = codes_NM.to(torch.int64)

@@ -40,6 +40,7 @@ def dense_rows(
     library = _library() if codes.device.type == "cpu" and dtype in (torch.bfloat16, torch.float32) else None
     if library is not None and g_idx_I is None and (group % 16 == 0 or groups == 1):
         out_OI = torch.empty(outputs, inputs, dtype=dtype)
+        mask_OB = None if mask_OB is None else mask_OB.contiguous()
         tensors = (codes.contiguous(), mask_OB, starts_O, scales_OG, zeros_OG)
         if int(starts_O[-1]) != codes.numel() or starts_O.shape != (outputs + 1,):
             raise ValueError(f"{codes.numel()} bytes of codes, rows begin at {starts_O.tolist()[:3]}, ...")

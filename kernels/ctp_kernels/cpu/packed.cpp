@@ -258,10 +258,10 @@ int product(const Layer& layer, const void* x_MK, Type type, int64_t rows, void*
   float* const y = wide ? wide.get() : static_cast<float*>(y_MN);
   if (rows == 1)
     x.take(x_MK, type, 0);
-  else
-    in_parallel(threads, threads, [&](int64_t thread) {
-      for (int64_t m = thread; m < rows; m += threads) x.take(x_MK, type, m);
-    });
+  else if (in_parallel(threads, threads, [&](int64_t thread) {
+             for (int64_t m = thread; m < rows; m += threads) x.take(x_MK, type, m);
+           }))
+    return 1;
   std::atomic<int64_t> next{0};
   return in_parallel(threads, threads, [&](int64_t) {
     Output outputs[kOutputs] = {Output(layer), Output(layer)};

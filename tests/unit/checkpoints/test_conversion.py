@@ -1,6 +1,7 @@
 """From one format to another and back: the same tensors, the same model, nothing left behind by a refusal."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -122,3 +123,95 @@ def test_scales_that_float16_does_not_reach_are_refused(tmp_path: Path) -> None:
         with pytest.raises(InputError, match=r"up_proj: its scales are beyond float16"):
             to(form, tmp_path / "small")
     assert torch.isfinite(logits(to("dense", tmp_path / "small"))).all()
+
+
+def others_making(folder: Path, text: Path, **changes: object) -> tuple[Path, dict[str, torch.Tensor]]:
+    """A quantized checkpoint without our manifest and files, whose tensors the caller stores anew."""
+    run(tiny_model("llama_tied_gqa", folder / "model", dtype=torch.bfloat16), folder / "small", text, **changes)
+    tensors = stored_tensors(folder / "small")
+    for file in (*(folder / "small").glob("model*"), folder / "small" / "ctp.json"):
+        file.unlink()
+    return folder / "small", tensors
+
+
+def store(folder: Path, files: dict[str, dict[str, torch.Tensor]]) -> None:
+    for name, tensors in files.items():
+        save_file(tensors, folder / name, metadata={"format": "pt"})
+    weight_map = {tensor: name for name, tensors in files.items() for tensor in tensors}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def test_files_whose_names_hold_no_number_are_all_converted(tmp_path: Path) -> None:
+    small, tensors = others_making(tmp_path, calibration_text(tmp_path))
+    extra = {name: tensors.pop(name) for name in list(tensors) if ".layers.1." in name}
+    store(small, {"model.safetensors": tensors, "model_extra_tensors.safetensors": extra})
+    packed = to("ctp", small)
+    assert len(list(packed.glob("*.safetensors"))) == 2
+    assert torch.equal(logits(packed), logits(small))
+
+
+def test_a_layer_without_its_codes_is_refused(tmp_path: Path) -> None:
+    small, tensors = others_making(tmp_path, calibration_text(tmp_path))
+    del tensors["model.layers.0.mlp.up_proj.qweight"]
+    store(small, {"model.safetensors": tensors})
+    with pytest.raises(InputError, match=r"up_proj: qweight missing"):
+        to("ctp", small)
+
+
+def test_files_beside_those_of_the_index_are_not_read(tmp_path: Path) -> None:
+    run(tiny_model("llama_tied_gqa", tmp_path / "model"), tmp_path / "small", calibration_text(tmp_path))
+    expected = logits(tmp_path / "small")
+    stale = load_file(tmp_path / "small" / "model-00002-of-00003.safetensors")
+    save_file({name: torch.zeros_like(x) for name, x in stale.items()}, tmp_path / "small" / "z-old.safetensors")
+    assert torch.equal(logits(tmp_path / "small"), expected)
+
+
+def test_layers_that_are_dense_are_said_to_be(tmp_path: Path) -> None:
+    """A reader looks for codes of every linear layer else."""
+    small, tensors = others_making(tmp_path, calibration_text(tmp_path), format="ctp")
+    name = "model.layers.0.mlp.gate_proj"
+    codes = {part: tensors.pop(part) for part in list(tensors) if part.startswith(name)}
+    tensors[f"{name}.weight"] = torch.randn(128, 64, generator=torch.Generator().manual_seed(0)).bfloat16() * 0.1
+    assert codes
+    for file in small.glob("ctp*"):
+        file.unlink()
+    save_file(tensors, small / "ctp.safetensors", metadata={"format": "pt"})
+    index = {"metadata": {}, "weight_map": dict.fromkeys(tensors, "ctp.safetensors")}
+    (small / "ctp.safetensors.index.json").write_text(json.dumps(index))
+    expected = logits(small)
+    for form in ("compressed-tensors", "gptq"):
+        made = to(form, small)
+        settings = json.loads((made / "config.json").read_text())["quantization_config"]
+        if form == "gptq":
+            assert [re.fullmatch(key.removeprefix("-:"), name) is not None for key in settings["dynamic"]] == [True]
+        else:
+            assert settings["ignore"] == ["lm_head", name]
+        assert torch.equal(logits(made), expected)
+
+
+def test_scales_in_bfloat16_stay_what_they_are(tmp_path: Path) -> None:
+    small, tensors = others_making(tmp_path, calibration_text(tmp_path), format="compressed-tensors")
+    for name in tensors:
+        if name.endswith("weight_scale"):
+            tensors[name] = tensors[name] * 2.0**-24
+            assert tensors[name].dtype == torch.bfloat16
+    store(small, {"model.safetensors": tensors})
+    with pytest.raises(InputError, match="beyond float16"):
+        to("ctp", small)  # as subnormal numbers they would lose bits
+    after = stored_tensors(to("compressed-tensors", small))
+    assert all(torch.equal(after[name], tensor) for name, tensor in tensors.items())
+
+
+def test_a_zero_point_of_nought_stays_one(tmp_path: Path) -> None:
+    """Version 1 stores zero - 1, which wraps."""
+    small, tensors = others_making(tmp_path, calibration_text(tmp_path), symmetric=False, sparsity=None)
+    for file in ("config.json", "quantize_config.json"):
+        content = json.loads((small / file).read_text())
+        content.get("quantization_config", content)["checkpoint_format"] = "gptq"
+        (small / file).write_text(json.dumps(content))
+    for name in tensors:
+        if name.endswith("qzeros"):
+            tensors[name] = torch.full_like(tensors[name], -1)  # 15 everywhere: zero points of 0
+    store(small, {"model.safetensors": tensors})
+    after = stored_tensors(to("gptq", small))
+    assert all(torch.equal(after[name], tensor) for name, tensor in tensors.items())

@@ -135,6 +135,8 @@ def test_a_missing_part_is_named(part: str) -> None:
         ({"quant_method": "awq"}, "quantized by 'awq'"),
         ({"bits": 5}, "bits=5"),
         ({"bits": None}, "bits=None"),
+        ({"bits": 4.0}, r"bits=4\.0"),
+        ({"group_size": 10**30}, "group_size=1000"),
         ({"group_size": "128"}, "group_size='128'"),
         ({"checkpoint_format": "marlin"}, "checkpoint_format='marlin'"),
         ({"lm_head": True}, "lm_head is quantized"),

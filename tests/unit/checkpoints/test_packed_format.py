@@ -164,6 +164,9 @@ def test_parts_that_do_not_go_together_are_refused() -> None:
         {"scales": good["scales"][0]},
         {"zeros": good["zeros"][:1]},
         {"zeros": good["zeros"].float()},
+        {"zeros": good["zeros"] + 16},
+        {"g_idx": torch.zeros(64, dtype=torch.complex64)},
+        {"g_idx": torch.zeros(64, dtype=torch.uint64)},
         {"g_idx": torch.arange(64, dtype=torch.int32)},
         {"g_idx": torch.full((64,), -1, dtype=torch.int32)},
         {"g_idx": torch.zeros(64)},
@@ -182,6 +185,8 @@ def test_parts_that_do_not_go_together_are_refused() -> None:
             form.unpack("layer", {part: tensor for part, tensor in good.items() if part != missing})
     with pytest.raises(InputError, match="do not go together"):
         form.unpack("layer", {part: tensor for part, tensor in good.items() if part != "zeros"})
+    with pytest.raises(InputError, match="do not go together"):  # a symmetric grid stores none
+        PackedSettings(4, 32, True).unpack("layer", good)
     odd = {
         "codes": torch.zeros(24, 12, dtype=torch.uint8),
         "scales": good["scales"][:, :1],
@@ -198,7 +203,16 @@ def test_parts_that_do_not_go_together_are_refused() -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [{"version": 2}, {"bits": 5}, {"bits": None}, {"group_size": "64"}, {"sparsity": "2of4"}, {"sparsity": 3}],
+    [
+        {"version": 2},
+        {"bits": 5},
+        {"bits": None},
+        {"bits": 4.0},
+        {"group_size": "64"},
+        {"group_size": 10**30},
+        {"sparsity": "2of4"},
+        {"sparsity": 3},
+    ],
 )
 def test_settings_that_make_no_sense_are_refused(change: dict[str, object], tmp_path: Path) -> None:
     config = PackedSettings(4, 64, True, (2, 4)).to_config()

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,11 @@ from ctp_kernels import dispatch
 from ctp_kernels.cpu.build import cpu_features
 from safetensors.torch import load_file, save_file
 from tiny_models import VOCAB_SIZE, tiny_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM
 
 import ctp_cli.integration  # noqa: F401 - registers the format
 from ctp_cli.checkpoints.packed_linear import PackedLinear
+from ctp_cli.errors import InputError
 from ctp_cli.models.loading import load_model
 from ctp_cli.models.resolve import resolve_model
 from ctp_cli.recipe import CompressSection
@@ -231,6 +233,58 @@ def test_a_layer_whose_parts_lie_is_named(tmp_path: Path) -> None:
     save_file(tensors, file, metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"model\.layers\.0\.mlp\.up_proj: .* do not go together"):
         AutoModelForCausalLM.from_pretrained(path)
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "said"),
+    [
+        ("scales", lambda stored: {"scales": stored.float()}, "is stored as F32, format ctp has F16"),
+        ("codes", lambda stored: {}, "are no whole layer"),
+        ("scales", lambda stored: {"scales": stored, "zeros": stored.byte()}, "are no whole layer"),
+    ],
+)
+def test_a_layer_that_is_stored_otherwise_is_named(
+    part: str, change: Callable[[torch.Tensor], dict[str, torch.Tensor]], said: str, tmp_path: Path
+) -> None:
+    """It used to be left out, and its weights were random."""
+    path, layer = compressed("llama_tied_gqa", tmp_path), "model.layers.0.mlp.up_proj"
+    file = path / "ctp-00002-of-00003.safetensors"
+    tensors = load_file(file)
+    stored = tensors.pop(f"{layer}.{part}")
+    tensors |= {f"{layer}.{name}": tensor for name, tensor in change(stored).items()}
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=rf"up_proj.*{said}"):
+        AutoModelForCausalLM.from_pretrained(path)
+
+
+def test_the_model_without_its_head_is_loaded_too(tmp_path: Path) -> None:
+    path = compressed("llama_tied_gqa", tmp_path)
+    with torch.no_grad():
+        hidden = AutoModel.from_pretrained(path).eval()(ids()).last_hidden_state
+        wanted = AutoModelForCausalLM.from_pretrained(path).eval().base_model(ids()).last_hidden_state
+    assert torch.equal(hidden, wanted)
+
+
+def test_a_packed_model_can_be_pickled_after_its_first_product(tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(compressed("llama_tied_gqa", tmp_path)).eval()
+    with torch.no_grad():
+        logits = model(ids()).logits
+        torch.save(model, tmp_path / "model.pt")
+        again = torch.load(tmp_path / "model.pt", weights_only=False)
+        assert torch.equal(again(ids()).logits, logits)
+
+
+def test_packed_layers_of_other_shapes_than_the_model_s_are_refused(tmp_path: Path) -> None:
+    path = compressed("llama_tied_gqa", tmp_path)
+    file, layers = path / "ctp-00002-of-00003.safetensors", "model.layers.0.mlp"
+    tensors = load_file(file)
+    for name in list(tensors):  # 128 x 64 and 64 x 128
+        if name.startswith(f"{layers}.up_proj."):
+            other = name.replace("up_proj", "down_proj")
+            tensors[name], tensors[other] = tensors[other], tensors[name]
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(InputError, match=r"(up|down)_proj has (64|128) outputs, in its config\.json (64|128)"):
+        load_model(path, packed=True)
 
 
 def test_without_the_import_transformers_refuses_instead_of_reading_wrong_weights(tmp_path: Path) -> None:

@@ -67,6 +67,16 @@ def test_gradients_are_those_of_plain_attention(
         assert (made.grad.double() - wanted.grad).norm() <= rounding * wanted.grad.norm() + 1e-6
 
 
+def test_gradients_of_gradients_are_refused(dtype: torch.dtype) -> None:
+    """The kernel's are numbers without a history, which would count as constants."""
+    given = [x.detach().requires_grad_() for x in operands(33, 0, 3, 3, 64, dtype)]
+    ours = causal_attention(*given, 0.2)
+    assert ours is not None
+    (gradient,) = torch.autograd.grad(ours.float().square().sum(), given[:1], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.float().square().sum().backward()
+
+
 def test_large_scores_neither_overflow_nor_leak_to_later_keys(dtype: torch.dtype) -> None:
     q = torch.full((1, 1, 70, 64), 30.0).to(dtype)
     v = torch.arange(70.0).view(1, 1, 70, 1).expand(1, 1, 70, 64).contiguous().to(dtype)

@@ -1,6 +1,7 @@
 """Products that decode in registers, against float64 and against what rounding x may change."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -138,6 +139,13 @@ def test_values_whose_step_has_no_inverse_are_zeros_to_integers() -> None:
     assert (product(tiny, layer) != 0).any()
     for by_integers in INTEGERS:
         assert torch.equal(by_integers(tiny, layer), torch.zeros(1, 40))
+
+
+def test_no_memory_for_rows_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = PackedLayer.of(random_parts("dense", bits=4, outputs=40, inputs=256, groups=2, symmetric=True))
+    monkeypatch.setattr(packed, "_library", lambda: SimpleNamespace(packed_product=lambda *_: 1))
+    with pytest.raises(MemoryError, match="3 rows of 256 inputs"):
+        product(torch.ones(3, 256), layer)
 
 
 def test_a_pruned_row_gives_zeros_whatever_its_zero_points_are() -> None:

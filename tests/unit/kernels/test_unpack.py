@@ -45,6 +45,8 @@ def test_every_weight_is_what_its_code_says(
     found = dense_rows(stream, mask, starts, scales, zeros, bits=bits, dtype=dtype)
     assert found.dtype == dtype
     assert torch.equal(found, wanted.to(dtype))
+    strided = None if mask is None else mask.T.contiguous().T
+    assert torch.equal(dense_rows(stream, strided, starts, scales, zeros, bits=bits, dtype=dtype), found)
     order = torch.randperm(inputs, generator=generator) % groups
     scattered = dense_rows(stream, mask, starts, scales, zeros, bits=bits, dtype=dtype, g_idx_I=order)
     wanted = (codes.float() - zeros.float()[:, order]) * scales.float()[:, order] * keep
