@@ -53,6 +53,16 @@ def test_everything_is_as_it_was(family: str, tmp_path: Path) -> None:
     assert torch.equal(*logits)
 
 
+def test_named_chat_templates_come_back(tmp_path: Path) -> None:
+    base = tiny_model("llama", tmp_path / "base")
+    (base / "additional_chat_templates").mkdir()
+    (base / "additional_chat_templates" / "tool_use.jinja").write_text("{{ messages[0]['content'] }}")
+    templates = AutoTokenizer.from_pretrained(base).chat_template
+    assert set(templates) == {"default", "tool_use"}
+    unstitch(model_path=_stitched(base, tmp_path), output=tmp_path / "back")
+    assert AutoTokenizer.from_pretrained(tmp_path / "back").chat_template == templates
+
+
 def test_a_compressed_checkpoint_comes_back_with_its_manifest(compressed: Path, tmp_path: Path) -> None:
     stitched = _stitched(compressed, tmp_path)
     unstitch(model_path=stitched, output=tmp_path / "back")
