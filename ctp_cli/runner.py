@@ -38,15 +38,12 @@ class Step:
 
     @property
     def made(self) -> bool:
-        manifest = artifact.manifest_of(self.output)
-        as_asked = not self.again and manifest is not None and manifest.get("made_for") == self.key
-        return as_asked and manifest is not None and manifest.get("made_from") == self.made_from
+        return not self.again and self._carries(made_for=self.key, made_from=self.made_from)
 
     @property
     def outdated(self) -> bool:
         """Whether it was made with these settings from something that is no longer there, or not as it was."""
-        manifest = artifact.manifest_of(self.output)
-        return manifest is not None and manifest.get("made_for") == self.key and not self.made
+        return self._carries(made_for=self.key) and not self._carries(made_from=self.made_from)
 
     @property
     def made_from(self) -> str | None:
@@ -55,6 +52,11 @@ class Step:
             return None
         manifest = self.before.output / artifact.MANIFEST
         return artifact.file_fingerprint(manifest) if manifest.is_file() else ""
+
+    def _carries(self, **marks: str | None) -> bool:
+        """Whether what is in the stage's folder says so of itself."""
+        manifest = artifact.manifest_of(self.output)
+        return manifest is not None and all(manifest.get(name) == mark for name, mark in marks.items())
 
 
 @dataclass

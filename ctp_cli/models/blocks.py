@@ -92,8 +92,8 @@ def copy_of(block: Block) -> Block:
     return Block(block.index, block.name, module, layers)
 
 
-def _linears(block: nn.Module) -> dict[str, nn.Module]:
-    return {name: m for name, m in block.named_modules() if isinstance(m, nn.Linear | Conv1D)}
+def _linears(module: nn.Module) -> dict[str, nn.Module]:
+    return {name: m for name, m in module.named_modules() if isinstance(m, nn.Linear | Conv1D)}
 
 
 def _holds_linears(block: nn.Module) -> bool:
@@ -105,13 +105,7 @@ def _holds_linears(block: nn.Module) -> bool:
 def other_linears(model: PreTrainedModel, known: Collection[str]) -> tuple[str, ...]:
     """Names of linear layers that are not among the `known` ones, nor the head."""
     head = model.get_output_embeddings()
-    return tuple(
-        name
-        for name, module in model.named_modules()
-        if (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D")
-        and module is not head
-        and name not in known
-    )
+    return tuple(name for name, module in _linears(model).items() if module is not head and name not in known)
 
 
 def _refuse_other_matrices(family: str, name: str, block: nn.Module, layers: tuple[LinearLayer, ...]) -> None:

@@ -19,7 +19,6 @@ from transformers.cache_utils import Cache
 from ctp_cli.artifact import (
     IDENTITY,
     Workspace,
-    differences,
     file_fingerprint,
     folder_fingerprint,
     manifest_of,
@@ -361,10 +360,10 @@ def _dtype(
         return section.dtype
     file = unfinished(output) / IDENTITY
     before = read_json(file) if file.exists() else None
-    if isinstance(before, dict) and before.get("held_in") in get_args(LearnSection.model_fields["dtype"].annotation):
-        same = not differences({**before, "held_in": None}, json.loads(json.dumps({**identity, "held_in": None})))
-        if same:
-            return str(before["held_in"])
+    held_in = before.get("held_in") if isinstance(before, dict) else None
+    known = held_in in get_args(LearnSection.model_fields["dtype"].annotation)
+    if known and before == json.loads(json.dumps({**identity, "held_in": held_in}, default=str)):
+        return str(held_in)
     in_16_bits = section.packed or section.mixed_precision != "no"  # packed: memory is what counts
     wider = not in_16_bits and wider_is_faster(models, device=device, shards=shards)
     return "float32" if wider else "checkpoint"

@@ -270,7 +270,7 @@ def test_a_packed_model_can_be_pickled_after_its_first_product(tmp_path: Path) -
     with torch.no_grad():
         logits = model(ids()).logits
         torch.save(model, tmp_path / "model.pt")
-        again = torch.load(tmp_path / "model.pt", weights_only=False)
+        again = torch.load(tmp_path / "model.pt", weights_only=False)  # our own, of a line before
         assert torch.equal(again(ids()).logits, logits)
 
 
