@@ -3,6 +3,7 @@
 M=rows of x N=outputs K=inputs G=groups
 """
 
+import functools
 import importlib.util
 from collections.abc import Callable
 from typing import Any
@@ -47,10 +48,22 @@ def int4_product(codes_NB: Tensor, scales_NG: Tensor) -> Callable[[Tensor], Tens
     opsets = [helper.make_opsetid("", 17), helper.make_opsetid("com.microsoft", 1)]
     model = helper.make_model(graph, opset_imports=opsets, ir_version=9)
     options: Any = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
+    _share_threads(torch.get_num_threads())
+    options.use_per_session_threads = False
     session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
     def run(x_MK: Tensor) -> Tensor:
         return torch.from_numpy(session.run(None, {"x": x_MK.numpy()})[0])
 
     return run
+
+
+@functools.cache
+def _share_threads(count: int) -> None:
+    """Many products have as many threads together as one has: those of the last ones would wait, busily, for more work.
+
+    For the whole process, which may have called this for one number of threads alone.
+    """
+    import onnxruntime
+
+    onnxruntime.set_global_thread_pool_sizes(count, 1)

@@ -124,8 +124,10 @@ class _Product:
     def sample_s(self, x_MK: Tensor, repeats: int) -> float:
         """Seconds per product, over `repeats` of them."""
         if x_MK.device.type == "cpu" and torch.get_num_threads() > 1:
-            time.sleep(_QUIET_S)
-            self._repeat(x_MK, 1)  # its own threads are awake then
+            quiet = time.perf_counter() + _QUIET_S
+            while time.perf_counter() < quiet:
+                pass
+            self._repeat(x_MK, repeats)  # its own threads are awake then, and their processors
         start, end = _clock(x_MK.device)
         self._repeat(x_MK, repeats)
         return end(start) / repeats

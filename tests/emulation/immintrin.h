@@ -6,6 +6,8 @@
 
 #pragma once
 
+#define EMULATED_AVX512 1  // there is no assembler for it
+
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
@@ -101,6 +103,8 @@ inline __m512i _mm512_set_epi64(  // the highest first
 }
 
 inline __m512i _mm512_setzero_si512() { return __m512i{}; }
+enum { _MM_HINT_T0 };
+inline void _mm_prefetch(const char*, int) {}
 inline __m512i _mm512_set1_epi8(char x) { return (__m512i)(uint8_t(x) + emulated::ManyBytes{}); }
 
 // memory
@@ -162,9 +166,7 @@ inline float _mm512_reduce_max_ps(__m512 x) {
 // whole numbers
 inline __m512i _mm512_add_epi64(__m512i a, __m512i b) { return (__m512i)((emulated::Longs)a + (emulated::Longs)b); }
 inline __m512i _mm512_mullo_epi64(__m512i a, __m512i b) { return (__m512i)((emulated::Longs)a * (emulated::Longs)b); }
-inline __m512i _mm512_add_epi8(__m512i a, __m512i b) {
-  return (__m512i)((emulated::ManyBytes)a + (emulated::ManyBytes)b);
-}
+inline __m512i _mm512_add_epi32(__m512i a, __m512i b) { return (__m512i)((emulated::Words)a + (emulated::Words)b); }
 inline __m512i _mm512_sub_epi32(__m512i a, __m512i b) { return (__m512i)((emulated::Words)a - (emulated::Words)b); }
 inline __m512i _mm512_mullo_epi32(__m512i a, __m512i b) { return (__m512i)((emulated::Words)a * (emulated::Words)b); }
 inline __m512i _mm512_dpbusd_epi32(__m512i sum, __m512i a, __m512i b) {  // bytes of b are signed, sums wrap around
@@ -178,10 +180,22 @@ inline __m512i _mm512_dpwssd_epi32(__m512i sum, __m512i a, __m512i b) {
   for (int i = 0; i < 32; ++i) sums[i / 2] += int(((Words)a)[i]) * ((Words)b)[i];
   return (__m512i)sums;
 }
+inline int _mm512_reduce_add_epi32(__m512i x) {
+  uint32_t sum = 0;
+  for (int i = 0; i < 16; ++i) sum += ((emulated::Words)x)[i];
+  return int(sum);
+}
 inline __m512i _mm512_and_si512(__m512i a, __m512i b) { return a & b; }
 inline __m512i _mm512_or_si512(__m512i a, __m512i b) { return a | b; }
 inline __m512i _mm512_slli_epi32(__m512i x, unsigned count) {
   return count > 31 ? __m512i{} : (__m512i)((emulated::Words)x << count);
+}
+inline __m512i _mm512_srli_epi32(__m512i x, unsigned count) {
+  return count > 31 ? __m512i{} : (__m512i)((emulated::Words)x >> count);
+}
+inline __m512i _mm512_srli_epi16(__m512i x, unsigned count) {
+  using Words = emulated::Vector<uint16_t, 32>;
+  return count > 15 ? __m512i{} : (__m512i)((Words)x >> count);
 }
 inline __m512i _mm512_srlv_epi64(__m512i x, __m512i count) {
   const emulated::Longs places = (emulated::Longs)count;
@@ -233,7 +247,29 @@ inline __m512i _mm512_mask_expand_epi8(__m512i other, __mmask64 mask, __m512i x)
     if (mask >> i & 1) out[i] = ((emulated::ManyBytes)x)[next++];
   return (__m512i)out;
 }
-inline __m512i _mm512_castsi256_si512(__m256i x) { return __m512i{x[0], x[1], x[2], x[3]}; }
+// of each 128 bits: neighbours of a and b from the lower half, or from the upper one
+template <typename V>
+inline __m512i unpacked(__m512i a, __m512i b, bool upper) {
+  constexpr int lanes = sizeof(V) / sizeof(V{}[0]), few = lanes / 4;
+  V out;
+  for (int i = 0; i < lanes; ++i) {
+    const int from = i / few * few + i % few / 2 + (upper ? few / 2 : 0);
+    out[i] = i % 2 ? ((V)b)[from] : ((V)a)[from];
+  }
+  return (__m512i)out;
+}
+inline __m512i _mm512_unpacklo_epi32(__m512i a, __m512i b) { return unpacked<emulated::Words>(a, b, false); }
+inline __m512i _mm512_unpackhi_epi32(__m512i a, __m512i b) { return unpacked<emulated::Words>(a, b, true); }
+inline __m512i _mm512_unpacklo_epi64(__m512i a, __m512i b) { return unpacked<emulated::Longs>(a, b, false); }
+inline __m512i _mm512_unpackhi_epi64(__m512i a, __m512i b) { return unpacked<emulated::Longs>(a, b, true); }
+inline __m512i _mm512_shuffle_i32x4(__m512i a, __m512i b, int places) {  // of 128 bits, two of each
+  __m512i out;
+  for (int i = 0; i < 8; ++i) out[i] = (i < 4 ? a : b)[(places >> i / 2 * 2 & 3) * 2 + i % 2];
+  return out;
+}
+// What the hardware leaves undefined is not nothing here, so that who reads it gets something wrong.
+inline __m512i _mm512_castsi128_si512(__m128i x) { return __m512i{x[0], x[1], -1, -1, -1, -1, -1, -1}; }
+inline __m512i _mm512_castsi256_si512(__m256i x) { return __m512i{x[0], x[1], x[2], x[3], -1, -1, -1, -1}; }
 inline __m512i _mm512_inserti64x4(__m512i x, __m256i half, int place) {
   for (int i = 0; i < 4; ++i) x[4 * (place & 1) + i] = half[i];
   return x;
@@ -244,9 +280,6 @@ inline __m512 _mm512_castsi512_ps(__m512i x) { return (__m512)x; }
 inline __m512 _mm512_cvtepi32_ps(__m512i x) { return __builtin_convertvector((emulated::Ints)x, __m512); }
 inline __m512i _mm512_cvtepu8_epi32(__m128i x) {
   return (__m512i)__builtin_convertvector((emulated::Vector<uint8_t, 16>)x, emulated::Words);
-}
-inline __m512i _mm512_cvtepu8_epi16(__m256i x) {
-  return (__m512i)__builtin_convertvector((emulated::Vector<uint8_t, 32>)x, emulated::Vector<uint16_t, 32>);
 }
 inline float _cvtsh_ss(uint16_t bits) {  // not of AVX-512, but of this header
   _Float16 x;

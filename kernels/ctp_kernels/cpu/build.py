@@ -51,7 +51,7 @@ AVX512 = Level(
 )
 AVX2_F16C = Level((*AVX2.needs, "bmi1", "f16c"), (*AVX2.flags, "-mbmi", "-mf16c"))
 AVX512_VNNI = Level(
-    (*AVX512.needs, "avx512_vbmi", "avx512_vbmi2", "avx512_vnni", "f16c"),
+    (*AVX512.needs, "avx512vbmi", "avx512_vbmi2", "avx512_vnni", "f16c"),
     (*AVX512.flags, "-mavx512vbmi", "-mavx512vbmi2", "-mavx512vnni", "-mf16c"),
 )
 AVX512_BF16 = Level((*AVX512.needs, "avx512_bf16"), (*AVX512.flags, "-mavx512bf16"))

@@ -12,8 +12,6 @@
 namespace {
 
 using Lanes = __m256;
-constexpr int64_t kLanes = 8;
-constexpr int64_t kBeyond = 16;
 
 inline Lanes nothing() { return _mm256_setzero_ps(); }
 inline Lanes all(float x) { return _mm256_set1_ps(x); }
@@ -36,8 +34,6 @@ inline Integers minus_zero_times(uint8_t zero, const int32_t* of_x) {
   return _mm256_mullo_epi32(_mm256_set1_epi32(-zero), integers(of_x));
 }
 inline Integers plus(Integers a, Integers b) { return _mm256_add_epi32(a, b); }
-
-inline int64_t width(int64_t bits) { return bits == 8 ? 8 : 4; }
 
 // Of 8 bits of a mask, the bits of a word of fields that codes of `bits` bits go to; `shift` of them to its upper half
 struct Places {
@@ -66,7 +62,7 @@ void decode(const Row& given) {
   uint64_t at = 0;
   for (int64_t s = 0; s < row.segments; ++s) {
     uint8_t* fields = row.fields + s * row.step;
-    const uint64_t zeros = repeated(kBits) * row.zeros[s];
+    const uint64_t zeros = repeated(kBits) * (row.zeros ? row.zeros[s] : 1 << (kBits - 1));
     const auto write = [&](uint64_t places) {
       uint64_t word = loaded<uint64_t>(row.stream + at / 8);
       if (kKind == kBitmap && !kBytes) {  // elsewhere the codes of a word begin on a byte

@@ -4,6 +4,11 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
+
+#if defined(__AVX512VBMI2__) && defined(__AVX512VNNI__)
+#define PACKED_AVX512 1
+#endif
 
 namespace {
 
@@ -29,16 +34,48 @@ inline T loaded(const void* from) {
   return value;
 }
 
+#ifdef PACKED_AVX512
+constexpr int64_t kLanes = 16, kBeyond = 80;
+inline int64_t width(int64_t) { return 8; }
+#else
+constexpr int64_t kLanes = 8, kBeyond = 16;
+inline int64_t width(int64_t bits) { return bits == 8 ? 8 : 4; }
+#endif
+
 inline int64_t bits_in(uint64_t word) { return __builtin_popcountll(word); }
 
 // What one output's codes are decoded into and from: `stream` from its first code on, with kBeyond bytes to read behind
-// the last one; `mask` its bits of what is stored; `zeros` (S); `fields` (S, step) bytes.
+// the last one; `mask` its bits of what is stored; `zeros` (S) or null, as of a
+// layer; `fields` (S, step) bytes.
 struct Row {
   const uint8_t *stream, *mask, *zeros;
   int64_t segments, inputs, step;  // inputs of a segment
   uint8_t* fields;
 };
 using Decode = void (*)(const Row&);
+template <int kBits, int kKind>
+void decode(const Row& row);
+
+template <int value>
+using Constant = std::integral_constant<int, value>;
+
+// run(Constant<bits>(), Constant<kind>())
+template <typename Run>
+auto with_constants(int64_t bits, Kind kind, const Run& run) {
+  switch (bits * 4 + kind) {
+    case 2 * 4 + kDense: return run(Constant<2>(), Constant<kDense>());
+    case 2 * 4 + kHalf: return run(Constant<2>(), Constant<kHalf>());
+    case 2 * 4 + kBitmap: return run(Constant<2>(), Constant<kBitmap>());
+    case 3 * 4 + kDense: return run(Constant<3>(), Constant<kDense>());
+    case 3 * 4 + kHalf: return run(Constant<3>(), Constant<kHalf>());
+    case 3 * 4 + kBitmap: return run(Constant<3>(), Constant<kBitmap>());
+    case 4 * 4 + kDense: return run(Constant<4>(), Constant<kDense>());
+    case 4 * 4 + kHalf: return run(Constant<4>(), Constant<kHalf>());
+    case 4 * 4 + kBitmap: return run(Constant<4>(), Constant<kBitmap>());
+    case 8 * 4 + kDense: return run(Constant<8>(), Constant<kDense>());
+    default: return run(Constant<8>(), Constant<kBitmap>());
+  }
+}
 
 struct Segment {  // of one output, decoded; codes are fields ^ flip
   const uint8_t* fields;

@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from ctp_kernels import dispatch, ways
+from ctp_kernels import dispatch
 from safetensors.torch import load_file, save_file
 from tiny_models import VOCAB_SIZE, tiny_model
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+import ctp_cli.integration  # noqa: F401 - registers the format
 from ctp_cli import memory
 from ctp_cli.checkpoints.packed_linear import PackedLinear
 from ctp_cli.errors import InputError
@@ -81,16 +82,14 @@ def test_how_products_are_made_can_be_told_wherever_a_model_comes_from(
 
 
 @pytest.mark.parametrize(
-    ("features", "free_share", "dense"),
-    [({"avx2"}, 2.0, True), ({"avx2"}, 1.99, False), ({"avx2", "avx512_vbmi2"}, 1e9, False)],
+    ("decoding", "free_share", "dense"), [(True, 2.0, True), (True, 1.99, False), (False, 1e9, False)]
 )
 def test_pruned_layers_are_multiplied_as_dense_codes_where_that_pays_and_memory_is_free(
-    features: set[str], free_share: float, dense: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    decoding: bool, free_share: float, dense: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = compressed("llama_tied_gqa", tmp_path, sparsity=0.5)
     monkeypatch.delenv("CTP_DENSE_CODES", raising=False)
-    monkeypatch.setattr(ways, "cpu_features", lambda: frozenset(features))
-    monkeypatch.setattr(dispatch.packed, "available", lambda: True)
+    monkeypatch.setattr(dispatch.packed, "available", lambda: decoding)
     tensors = {name: tensor for file in path.glob("*.safetensors") for name, tensor in load_file(file).items()}
     masks = {name: tensor for name, tensor in tensors.items() if name.endswith(".mask")}
     more = sum(4 * mask.numel() - tensors[name.replace(".mask", ".codes")].numel() for name, mask in masks.items())

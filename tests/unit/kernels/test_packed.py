@@ -1,13 +1,14 @@
 """Products that decode in registers, against float64 and against what rounding x may change."""
 
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from ctp_kernels import packed, reference
 from ctp_kernels.cpu import build
-from ctp_kernels.cpu.build import AVX2_F16C, AVX512_VNNI, Level
+from ctp_kernels.cpu.build import AVX2, AVX2_F16C, AVX512, AVX512_BF16, AVX512_VNNI, Level
 from ctp_kernels.packed import PackedLayer, dense_codes, product, product_int8, product_int16
 from ctp_kernels.ragged import pack_bits, pack_kept, unpack_bits, unpack_kept
 from ctp_kernels.reference import PackedParts
@@ -184,6 +185,17 @@ def test_a_mask_changed_behind_our_back_reads_nothing_that_is_not_ours() -> None
     assert parts.mask is not None
     parts.mask.fill_(255)  # with an address sanitizer this test shows more
     assert product(torch.ones(1, 256), layer).isfinite().all()
+
+
+def test_levels_name_features_as_linux_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # those of an AMD EPYC 9005 that levels may ask for, as /proc/cpuinfo has them
+    flags = "fma f16c popcnt bmi1 avx2 bmi2 avx512f avx512dq avx512cd avx512bw avx512vl avx_vnni avx512_bf16 avx512vbmi"
+    flags += " avx512_vbmi2 avx512_vnni avx512_bitalg avx512_vpopcntdq"
+    (tmp_path / "cpuinfo").write_text(f"processor : 0\nflags\t\t: {flags}\nbugs :\n")
+    monkeypatch.setattr(build, "Path", lambda path: tmp_path / "cpuinfo" if path == "/proc/cpuinfo" else Path(path))
+    features = build.cpu_features.__wrapped__()
+    for level in (AVX2, AVX2_F16C, AVX512, AVX512_BF16, AVX512_VNNI):
+        assert features.issuperset(level.needs), set(level.needs) - features
 
 
 @pytest.mark.slow
