@@ -292,28 +292,13 @@ class Worker<Few<Arithmetic>> {
       : x_(x), y_(y), output_(x.layer), scales_(x.rows * x.segments) {}
 
   void take(int64_t begin, int64_t end) {
-    for (int64_t o = begin; o < end; ++o) {
-      const Row row = output_.open(o);
-      for (int64_t m = 0; m < x_.rows; ++m)
-        for (int64_t s = 0; s < row.segments; ++s)
-          scales_[m * row.segments + s] =
-              output_.scales[s] * (Arithmetic::kSteps > 0 ? x_.scales[m * row.segments + s] : 1);
-      with_constants(x_.layer.bits, x_.layer.kind, [&](auto bits, auto kind) {
-        const auto with = [&](auto blocks) {
-          switch (x_.rows) {
-            case 1: return products_of<Arithmetic, bits, kind, blocks, 1>(row, x_, scales_.data(), y_ + o);
-            case 2: return products_of<Arithmetic, bits, kind, blocks, 2>(row, x_, scales_.data(), y_ + o);
-            case 3: return products_of<Arithmetic, bits, kind, blocks, 3>(row, x_, scales_.data(), y_ + o);
-            default: return products_of<Arithmetic, bits, kind, blocks, 4>(row, x_, scales_.data(), y_ + o);
-          }
-        };
-        switch (row.inputs) {
-          case kBlock: return with(Constant<1>());
-          case 2 * kBlock: return with(Constant<2>());
-          default: return with(Constant<0>());
-        }
-      });
-    }
+    with_constants(x_.layer.bits, x_.layer.kind, [&](auto bits, auto kind) {
+      switch (x_.layer.segment) {
+        case kBlock: return take_blocks<bits, kind, 1>(begin, end);
+        case 2 * kBlock: return take_blocks<bits, kind, 2>(begin, end);
+        default: return take_blocks<bits, kind, 0>(begin, end);
+      }
+    });
   }
 
  private:
@@ -321,6 +306,30 @@ class Worker<Few<Arithmetic>> {
   float* const y_;
   Output output_;
   std::vector<float> scales_;  // (M, S)
+
+  template <int kBits, int kKind, int B>
+  void take_blocks(int64_t begin, int64_t end) {
+    switch (x_.rows) {
+      case 1: return take_all<kBits, kKind, B, 1>(begin, end);
+      case 2: return take_all<kBits, kKind, B, 2>(begin, end);
+      case 3: return take_all<kBits, kKind, B, 3>(begin, end);
+      default: return take_all<kBits, kKind, B, 4>(begin, end);
+    }
+  }
+
+  template <int kBits, int kKind, int B, int M>
+  void take_all(int64_t begin, int64_t end) {
+    for (int64_t o = begin; o < end; ++o) {
+      const Row row = output_.open(o);
+      const float* const scales = output_.scales.data();
+      float* to = scales_.data();
+      for (int64_t m = 0; m < M; ++m, to += row.segments) {
+        const float* const of_x = x_.scales.data() + m * row.segments;
+        for (int64_t s = 0; s < row.segments; ++s) to[s] = Arithmetic::kSteps > 0 ? scales[s] * of_x[s] : scales[s];
+      }
+      products_of<Arithmetic, kBits, kKind, B, M>(row, x_, scales_.data(), y_ + o);
+    }
+  }
 };
 
 // lanes (16, 16) of 32 bits, whose rows begin at `from`, with rows and columns exchanged

@@ -23,8 +23,9 @@ struct Layer {
   const uint8_t* zeros;           // (N, G) or null: 2^(bits - 1)
   int64_t bytes, outputs, inputs, groups, segment, bits;
   Kind kind;
-  int64_t segments() const { return inputs / segment; }
-  int64_t blocks() const { return (segment + kBlock - 1) / kBlock; }  // of a segment
+  const int64_t count = inputs / segment, padded = (segment + kBlock - 1) / kBlock;
+  int64_t segments() const { return count; }
+  int64_t blocks() const { return padded; }  // of a segment
 };
 
 template <typename T>

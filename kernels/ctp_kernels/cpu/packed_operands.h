@@ -110,14 +110,15 @@ class Output {
         stored_(layer.kind == kDense && layer.bits == width(layer.bits) && layer.segment % kBlock == 0),
         flipped_(layer.mask && width(layer.bits) == 4),
         step_(layer.blocks() * kBlock * width(layer.bits) / 8),
+        per_group_(layer.segments() / layer.groups),
         zeros_(layer.segments(), uint8_t(1 << (layer.bits - 1))) {}
 
   // Takes output o's scales and zero points; returns where its codes are, and where they could be decoded to.
   Row open(int64_t o) {
-    const int64_t groups = layer_.groups, per_group = layer_.segments() / groups;
+    const int64_t groups = layer_.groups;
     const uint16_t* const halves = layer_.scales + o * groups;
     const uint8_t* const zeros = layer_.zeros ? layer_.zeros + o * groups : nullptr;
-    if (per_group == 1) {
+    if (per_group_ == 1) {
       int64_t g = 0;
       for (; g + 8 <= groups; g += 8)
         _mm256_storeu_ps(&scales[g], _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(halves + g))));
@@ -125,8 +126,8 @@ class Output {
       if (zeros) std::copy_n(zeros, groups, zeros_.begin());
     } else {
       for (int64_t g = 0; g < groups; ++g) {
-        std::fill_n(scales.begin() + g * per_group, per_group, _cvtsh_ss(halves[g]));
-        if (zeros) std::fill_n(zeros_.begin() + g * per_group, per_group, zeros[g]);
+        std::fill_n(scales.begin() + g * per_group_, per_group_, _cvtsh_ss(halves[g]));
+        if (zeros) std::fill_n(zeros_.begin() + g * per_group_, per_group_, zeros[g]);
       }
     }
     const uint8_t* from = layer_.codes + layer_.starts[o];
@@ -163,7 +164,7 @@ class Output {
  private:
   const Layer& layer_;
   const bool stored_, flipped_;  // as fields are; by zero points
-  const int64_t step_;
+  const int64_t step_, per_group_;
   std::vector<uint8_t> zeros_, copy_;
   std::unique_ptr<uint8_t[]> buffer_;
   const uint8_t* fields_ = nullptr;

@@ -85,7 +85,7 @@ def test_products_are_the_oracles(
     for symmetric, outputs in ((True, 40), (False, 51)):
         shape = {"bits": bits, "outputs": outputs, "inputs": inputs, "groups": groups}
         parts = random_parts(layout, symmetric=symmetric, **shape)  # type: ignore[arg-type]
-        check(parts, torch.randn(17, inputs, generator=generator) + 1, rows=(1, 2, 3, 4, 5, 17))
+        check(parts, torch.randn(17, inputs, generator=generator) + 1, rows=(1, 2, 3, 4, 5, 7, 8, 17))
 
 
 @st.composite
@@ -156,16 +156,16 @@ def test_a_pruned_row_gives_zeros_whatever_its_zero_points_are() -> None:
     assert torch.equal(y[:, -1], torch.zeros(3))
 
 
-def test_a_run_of_16_stored_codes_that_begins_inside_of_a_byte() -> None:
+@pytest.mark.parametrize("inputs", [64, 128])
+def test_a_run_or_a_block_of_stored_codes_that_begins_inside_of_a_byte(inputs: int) -> None:
     generator = torch.Generator().manual_seed(0)
-    codes = torch.randint(0, 16, (3, 64), generator=generator).to(torch.uint8)
-    keep = torch.ones(3, 64, dtype=torch.bool)
+    codes = torch.randint(0, 16, (3, inputs), generator=generator).to(torch.uint8)
+    keep = torch.ones(3, inputs, dtype=torch.bool)
     keep[0, 1] = keep[1, :15] = False
-    scales = torch.ones(3, 1).half()
-    check(
-        PackedParts(codes=pack_kept(codes, keep, 4), scales=scales, bits=4, mask=pack_bits(keep)),
-        torch.randn(2, 64, generator=generator),
+    parts = PackedParts(
+        codes=pack_kept(codes, keep, 4), scales=torch.ones(3, inputs // 64).half(), bits=4, mask=pack_bits(keep)
     )
+    check(parts, torch.randn(6, inputs, generator=generator), rows=(1, 6))
 
 
 @pytest.mark.parametrize("bits", [4, 8])
