@@ -41,12 +41,15 @@ int product(const Layer& layer, const void* x_MK, Type type, int64_t rows, void*
              for (int64_t m = thread; m < rows; m += threads) x.take(x_MK, type, m);
            }))
     return 1;
+  // outputs that a thread takes at a time: many of them, since it reads ahead of what it takes
+  constexpr int64_t least = Worker<Form>::kTaken;
+  const int64_t taken = std::max(layer.outputs / (8 * threads * least), int64_t{1}) * least;
   std::atomic<int64_t> next{0};
   return in_parallel(threads, threads, [&](int64_t) {
     Worker<Form> worker(x, y);
-    for (int64_t begin; (begin = next.fetch_add(worker.kTaken)) < layer.outputs;) {
-      const int64_t end = std::min(begin + worker.kTaken, layer.outputs);
-      worker.take(begin, end);
+    for (int64_t begin; (begin = next.fetch_add(taken)) < layer.outputs;) {
+      const int64_t end = std::min(begin + taken, layer.outputs);
+      for (int64_t o = begin; o < end; o += worker.kTaken) worker.take(o, std::min(o + worker.kTaken, end));
       for (int64_t at = begin; wide && at < rows * layer.outputs; at += layer.outputs)
         narrow(y + at, end - begin, type, static_cast<uint16_t*>(y_MN) + at);
     }

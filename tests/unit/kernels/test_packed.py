@@ -8,7 +8,7 @@ import pytest
 import torch
 from ctp_kernels import packed, reference
 from ctp_kernels.cpu import build
-from ctp_kernels.cpu.build import AVX2, AVX2_F16C, AVX512, AVX512_BF16, AVX512_VNNI, Level
+from ctp_kernels.cpu.build import AVX2, AVX2_F16C, AVX512, AVX512_BF16, AVX512_VNNI, Level, cpu_features
 from ctp_kernels.packed import PackedLayer, dense_codes, product, product_int8, product_int16
 from ctp_kernels.ragged import pack_bits, pack_kept, unpack_bits, unpack_kept
 from ctp_kernels.reference import PackedParts
@@ -193,7 +193,7 @@ def test_levels_name_features_as_linux_does(tmp_path: Path, monkeypatch: pytest.
     flags += " avx512_vbmi2 avx512_vnni avx512_bitalg avx512_vpopcntdq"
     (tmp_path / "cpuinfo").write_text(f"processor : 0\nflags\t\t: {flags}\nbugs :\n")
     monkeypatch.setattr(build, "Path", lambda path: tmp_path / "cpuinfo" if path == "/proc/cpuinfo" else Path(path))
-    features = build.cpu_features.__wrapped__()
+    features = cpu_features.__wrapped__()
     for level in (AVX2, AVX2_F16C, AVX512, AVX512_BF16, AVX512_VNNI):
         assert features.issuperset(level.needs), set(level.needs) - features
 
