@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-_CHUNK = 256
-"""Positions whose logits are in memory at once."""
+_CHUNK_BYTES = 32 << 20
+"""Of float32 logits in memory at once. Larger blocks the C library asks the system for, and hands back, each time: filling
+them with zeros takes longer than what is computed in them."""
 
 
 class Scorer:
@@ -90,7 +91,7 @@ class Scorer:
         else:
             hidden_ND = self._hidden(**inputs)[:, :-1].flatten(0, 1)
             weight_VD = wide(self.head.weight)
-            parts = [_head_logits(part, weight_VD, self.head.bias) for part in hidden_ND.split(_CHUNK)]
+            parts = [_head_logits(part, weight_VD, self.head.bias) for part in hidden_ND.split(_positions(weight_VD))]
         count = min(count, parts[0][:, :below].shape[1])
         tops = [part[:, :below].softmax(-1).topk(count, dim=-1) for part in parts]
         shape = (ids_BT.shape[0], ids_BT.shape[1] - 1, count)
@@ -136,6 +137,11 @@ def _head_logits(hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None) ->
     return nn.functional.linear(hidden_ND.to(weight_VD.dtype), weight_VD, bias_V).float()
 
 
+def _positions(weight_VD: Tensor) -> int:
+    """Whose logits are in memory at once."""
+    return max(1, _CHUNK_BYTES // (4 * weight_VD.shape[0]))
+
+
 class _HeadLoss(torch.autograd.Function):
     """Cross-entropy of a frozen head, chunk by chunk; gradients are made in the forward pass, while logits exist."""
 
@@ -152,15 +158,19 @@ class _HeadLoss(torch.autograd.Function):
         wants_gradient = ctx.needs_input_grad[0]
         gradient_ND = torch.empty_like(hidden_ND) if wants_gradient else None
         weight_VD = wide(weight_VD)
-        for start in range(0, tokens_NK.shape[0], _CHUNK):
-            part = slice(start, start + _CHUNK)
+        chunk = _positions(weight_VD)
+        for start in range(0, tokens_NK.shape[0], chunk):
+            part = slice(start, start + chunk)
             logits_CV = _head_logits(hidden_ND[part], weight_VD, bias_V)
-            normalizer_C = torch.logsumexp(logits_CV, dim=-1)
             tokens_CK = tokens_NK[part]
             shares_CK = torch.ones_like(tokens_CK, dtype=torch.float32) if shares_NK is None else shares_NK[part]
-            losses_N[part] = normalizer_C - (logits_CV.gather(1, tokens_CK) * shares_CK).sum(-1)
+            wanted_C = (logits_CV.gather(1, tokens_CK) * shares_CK).sum(-1)
+            largest_C1 = logits_CV.amax(-1, keepdim=True)
+            exp_CV = logits_CV.sub_(largest_C1).exp_()
+            sum_C1 = exp_CV.sum(-1, keepdim=True)
+            losses_N[part] = (sum_C1.log() + largest_C1)[:, 0] - wanted_C
             if gradient_ND is not None:
-                share_CV = logits_CV.sub_(normalizer_C[:, None]).exp_()
+                share_CV = exp_CV.mul_(1 / sum_C1)
                 share_CV.scatter_add_(1, tokens_CK, -shares_CK)
                 gradient_ND[part] = share_CV.to(weight_VD.dtype) @ weight_VD
         ctx.save_for_backward(gradient_ND)
@@ -180,8 +190,9 @@ class _HeadDivergence(torch.autograd.Function):
         divergences_N = torch.empty(hidden_ND.shape[0], dtype=torch.float32, device=hidden_ND.device)
         gradient_ND = torch.empty_like(hidden_ND)
         weight_VD = wide(weight_VD)
-        for start in range(0, hidden_ND.shape[0], _CHUNK):
-            part = slice(start, start + _CHUNK)
+        chunk = _positions(weight_VD)
+        for start in range(0, hidden_ND.shape[0], chunk):
+            part = slice(start, start + chunk)
             ours_CV = _head_logits(hidden_ND[part], weight_VD, bias_V).log_softmax(-1)
             theirs_CV = _head_logits(wanted_ND[part], weight_VD, bias_V).log_softmax(-1)
             share_CV = theirs_CV.exp()
