@@ -1,8 +1,8 @@
 // packed.cpp with AVX-512 VBMI2 and VNNI: 64 codes of an output at a time, as bytes in the order of inputs.
 //
-// A lane of a register has four inputs of an output, a quad. Where x has one row, lanes are the quads of a block, and
-// codes are multiplied as they are decoded. Where it has more, they are transposed first: lanes are 16 outputs, and each row's
-// quad is broadcast to them. So sums need no adding up across lanes, and scales are vectors.
+// A lane of a register has four inputs of an output, a quad. For a few rows of x, lanes are the quads of a block, and codes
+// are multiplied as they are decoded. For more of them codes are transposed first: lanes are 16 outputs, and each row's
+// quad is broadcast to them. Sums need no adding up across lanes then, and scales are vectors.
 
 #pragma once
 
@@ -161,7 +161,8 @@ struct Words {
   }
   static __m512i sums(const X* lanes) {
     const __m512i ones = _mm512_set1_epi32(0x00010001);
-    return dot_words(dot_words(_mm512_setzero_si512(), ones, _mm512_loadu_si512(lanes)), ones, _mm512_loadu_si512(lanes + 32));
+    const __m512i of_first = dot_words(_mm512_setzero_si512(), ones, _mm512_loadu_si512(lanes));
+    return dot_words(of_first, ones, _mm512_loadu_si512(lanes + kBlock / 2));
   }
   static void split(__m512i codes, __m512i, Part* parts) {
     parts[0] = _mm512_and_si512(codes, _mm512_set1_epi32(0x00ff00ff));
@@ -239,8 +240,8 @@ template <class Arithmetic>
 using Few = Form<Arithmetic, true>;
 template <class Arithmetic>
 using Many = Form<Arithmetic, false>;
+constexpr int64_t kFewRows = 4;      // for more of them it pays to transpose codes
 constexpr int64_t kMostBlocks = 32;  // of a segment
-constexpr int64_t kFewRows = 4;  // from there on it pays to transpose codes
 
 // run(Form()) with the form for such a product
 template <typename Run>
@@ -249,8 +250,8 @@ int with_form(int64_t width, int64_t, int64_t rows, const Run& run) {
   return width == 8 ? run(Many<Bytes>()) : width == 16 ? run(Many<Words>()) : run(Many<Floats>());
 }
 
-// An output's products with M rows of x. scales (M, S): of weights, times those of x where it
-// has some. B: blocks of a segment, if they are whole and few; or 0
+// An output's products with M rows of x. scales (M, S): of weights, times those of x where it has some. B: blocks of a
+// segment, if they are whole and few; or 0
 template <class Arithmetic, int kBits, int kKind, int B, int M>
 void products_of(const Row& row, const Activations<Few<Arithmetic>>& x, const float* scales, float* y) {
   constexpr int kParts = Arithmetic::kParts;

@@ -35,6 +35,7 @@ inline T loaded(const void* from) {
   return value;
 }
 
+// lanes of a register; bytes that may be read behind a stream's last code; bits that a code is decoded into
 #ifdef PACKED_AVX512
 constexpr int64_t kLanes = 16, kBeyond = 80;
 inline int64_t width(int64_t) { return 8; }
@@ -46,14 +47,12 @@ inline int64_t width(int64_t bits) { return bits == 8 ? 8 : 4; }
 inline int64_t bits_in(uint64_t word) { return __builtin_popcountll(word); }
 
 // What one output's codes are decoded into and from: `stream` from its first code on, with kBeyond bytes to read behind
-// the last one; `mask` its bits of what is stored; `zeros` (S) or null, as of a
-// layer; `fields` (S, step) bytes.
+// the last one; `mask` its bits of what is stored; `zeros` (S), or null as of a layer; `fields` (S, step) bytes.
 struct Row {
   const uint8_t *stream, *mask, *zeros;
   int64_t segments, inputs, step;  // inputs of a segment
   uint8_t* fields;
 };
-using Decode = void (*)(const Row&);
 template <int kBits, int kKind>
 void decode(const Row& row);
 
