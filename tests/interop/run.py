@@ -69,6 +69,8 @@ class Case:
     sparsity: float | None = None
     embedded: bool = False
     """The embedded default model, not the small random one."""
+    one_dense: bool = False
+    """One linear layer has 16-bit weights; made in format ctp and converted."""
 
     @property
     def name(self) -> str:
@@ -79,6 +81,7 @@ class Case:
             f"g{self.group_size}",
             "sym" if self.symmetric else "asym",
             "" if self.act_order == "none" else self.act_order,
+            "one-dense" if self.one_dense else "",
         ]
         return "-".join(part for part in parts if part)
 
@@ -122,7 +125,7 @@ def cases() -> list[Case]:
     ]
     joint = Case(4, 64, act_order="group", sparsity=0.5)
     static = [Case(4, 64, symmetric, "static") for symmetric in (True, False)]
-    return [*plain, joint, *static, Case(4, 64, act_order="group", embedded=True)]
+    return [*plain, joint, *static, Case(4, 64, act_order="group", embedded=True), Case(4, 64, one_dense=True)]
 
 
 def write_text(path: Path) -> None:
@@ -181,10 +184,30 @@ def embedded_model() -> Path | None:
 
 def compress(case: Case, model: Path, text: Path, folder: Path, forms: Iterable[str]) -> None:
     """The checkpoint and its dense twin: runs of ctp that differ in --format only; and the twin's logits."""
-    for form in ("dense", *forms):
+    first = ("ctp",) if case.one_dense else ("dense", *forms)
+    for form in first:
         options = [*case.options(), "--format", form, "--calibration", str(text), "--force"]
         ctp("compress", str(model), *options, "-o", str(folder / form))
+    if case.one_dense:
+        leave_dense(folder / "ctp", "model.layers.0.mlp.gate_proj", model)
+        for form in ("dense", *forms):
+            ctp("convert", str(folder / "ctp"), "--format", form, "--force", "-o", str(folder / form))
     write_reference(folder)
+
+
+def leave_dense(checkpoint: Path, layer: str, model: Path) -> None:
+    """Give a layer of a checkpoint in format ctp the model's own weights instead of its codes."""
+    from safetensors.torch import load_file, save_file
+
+    files = sorted(checkpoint.glob("ctp*.safetensors"))
+    tensors = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    kept = {name: tensor for name, tensor in tensors.items() if not name.startswith(f"{layer}.")}
+    kept[f"{layer}.weight"] = load_file(model / "model.safetensors")[f"{layer}.weight"]
+    for file in files:
+        file.unlink()
+    save_file(kept, checkpoint / "ctp.safetensors", metadata={"format": "pt"})
+    index = {"metadata": {}, "weight_map": dict.fromkeys(kept, "ctp.safetensors")}
+    (checkpoint / "ctp.safetensors.index.json").write_text(json.dumps(index))
 
 
 def ctp(*command: str) -> None:
