@@ -94,6 +94,8 @@ class Case:
         """Why this environment's readers do not read that format of theirs, "" if they should."""
         if environment in ("autogptq", "vllm") and form == "gptq" and not self.symmetric:
             return "gptq_v2"
+        if environment == "autogptq" and self.one_dense:
+            return "a dense layer"  # it takes every layer for quantized
         if environment == "vllm" and self.bits != 4:
             return f"{self.bits} bit"  # its kernel for CPUs has 4
         if environment == "vllm" and self.act_order == "column":
@@ -189,7 +191,7 @@ def compress(case: Case, model: Path, text: Path, folder: Path, forms: Iterable[
         options = [*case.options(), "--format", form, "--calibration", str(text), "--force"]
         ctp("compress", str(model), *options, "-o", str(folder / form))
     if case.one_dense:
-        leave_dense(folder / "ctp", "model.layers.0.mlp.gate_proj", model)
+        leave_dense(folder / "ctp", "model.layers.0.mlp.down_proj", model)
         for form in ("dense", *forms):
             ctp("convert", str(folder / "ctp"), "--format", form, "--force", "-o", str(folder / form))
     write_reference(folder)
