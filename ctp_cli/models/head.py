@@ -14,8 +14,8 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 _CHUNK_BYTES = 32 << 20
-"""Of float32 logits in memory at once. Larger blocks the C library asks the system for and hands back each time, and the
-system fills them with zeros, which takes longer than what is computed in them."""
+"""Of float32 logits in memory at once. Larger blocks the C library asks the system for, and hands back, each time; that
+fills them with zeros, which takes longer than what is computed in them."""
 
 
 class Scorer:

@@ -36,8 +36,8 @@ GPU_BYTES_PER_S = {"A100": 2.0e12, "H100": 3.35e12, "RTX 4090": 1.0e12}
 _SAMPLE_S = 2e-3
 """A sample is as many products as take about this long, one at least; on GPUs one with each copy at least."""
 _QUIET_S = 0.05
-"""Before a sample with several threads: those of the product before, OpenMP's or ONNX Runtime's, spin for a while. Waited
-for busily, since Linux may wake all threads of one that slept on its processor, and part them a few milliseconds later."""
+"""Before a sample with several threads: those of the product before, OpenMP's or ONNX Runtime's, spin for a while.
+Waited for busily: where a thread slept, Linux may wake all on its processor, and part them a few milliseconds later."""
 _MOST_COPIES = 256
 _COPIED_BYTES = 1 << 26
 _CACHE_BYTES = 1 << 26
