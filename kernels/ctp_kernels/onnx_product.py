@@ -23,6 +23,8 @@ def int4_product(codes_NB: Tensor, scales_NG: Tensor) -> Callable[[Tensor], Tens
     Shapes: codes_NB (N, K / 2) uint8, two 4-bit codes in a byte, the first one low; scales_NG (N, G); weights are
         scale * (code - 8), groups of 16 inputs or a larger power of two.
     x is rounded to 8 bits per group of inputs (accuracy level 4), where the others here compute with 16 or 32.
+    All sessions of the process share their threads from then on, and have to say so (`use_per_session_threads`).
+    Raises: RuntimeError where they cannot, or are not as many as torch has now.
     """
     import onnxruntime
     from onnx import TensorProto, helper
@@ -48,7 +50,7 @@ def int4_product(codes_NB: Tensor, scales_NG: Tensor) -> Callable[[Tensor], Tens
     opsets = [helper.make_opsetid("", 17), helper.make_opsetid("com.microsoft", 1)]
     model = helper.make_model(graph, opset_imports=opsets, ir_version=9)
     options: Any = onnxruntime.SessionOptions()
-    _share_threads(torch.get_num_threads())
+    _share_threads()
     options.use_per_session_threads = False
     session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
@@ -58,12 +60,23 @@ def int4_product(codes_NB: Tensor, scales_NG: Tensor) -> Callable[[Tensor], Tens
     return run
 
 
-@functools.cache
-def _share_threads(count: int) -> None:
-    """Many products have as many threads together as one has: those of the last ones would wait, busily, for more work.
+def _share_threads() -> None:
+    """With threads for each product, those of the last ones would wait, busily, for more work beside the next one's."""
+    if _shared_threads() != torch.get_num_threads():
+        raise RuntimeError(
+            f"ONNX Runtime has {_shared_threads() or 'its own'} threads in this process, not torch's "
+            f"{torch.get_num_threads()}, and cannot change: use a process for each number of threads"
+        )
 
-    For the whole process, which may have called this for one number of threads alone.
-    """
+
+@functools.cache
+def _shared_threads() -> int:
+    """As many as torch had at the first product; 0 where another session came before it."""
     import onnxruntime
 
-    onnxruntime.set_global_thread_pool_sizes(count, 1)
+    count = torch.get_num_threads()
+    try:
+        onnxruntime.set_global_thread_pool_sizes(count, 1)
+    except Exception:  # the only class that all of its errors have
+        return 0
+    return count

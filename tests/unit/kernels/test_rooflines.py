@@ -135,6 +135,15 @@ def test_onnx_runtimes_product_is_the_oracles_but_for_its_rounding_of_x() -> Non
     assert (run(x).double() - wanted).norm() < 1e-2 * wanted.norm()
 
 
+@pytest.mark.skipif(not onnx_product.available(), reason="onnxruntime and onnx are not both installed")
+def test_onnx_runtimes_threads_are_said_not_to_be_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    onnx_product._shared_threads()
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 97)
+    parts = rooflines.random_layer(SMALL, "dense", torch.Generator().manual_seed(1))
+    with pytest.raises(RuntimeError, match="not torch's 97"):
+        onnx_product.int4_product(parts.codes.view(64, -1), parts.scales)
+
+
 def test_predictions_are_bytes_by_bandwidth() -> None:
     rows = {row.product: row for row in rooflines.predictions([LayerShape(4096, 4096)])}
     # 3 bits per weight and a float16 scale for 128 of them, x and y; H100: 3.35 TB/s
