@@ -1,12 +1,13 @@
 """What each ingredient of learning gives: the same model, text and number of steps, one choice changed at a time.
 
     python benchmarks/ingredients.py FULL COMPRESSED DATA_FOLDER [--steps 60] [--batch 4] [--seqlen 256] [--seeds 2]
-        [--windows 16] [--only "soft prompt,teacher"]
+        [--windows 16] [--only "soft prompt,teacher"] [--jobs 4]
 
 DATA_FOLDER holds c4.train.jsonl, c4.valid.jsonl, wikitext2.test.txt and ptb.test.txt. Prompts are learned on the first,
 chosen on the first half of the second's documents, and measured on its second half and on the other two, none of which
 they saw; windows of 1024 tokens. Gap: what a prompt wins back of ln(compressed / full), averaged over the texts.
 "Against the plain prompt" is the paired difference in nats per token to the first row's first seed, window by window.
+--jobs: prompts learned at the same time, where a GPU has room for several.
 """
 
 import argparse
@@ -16,6 +17,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import mean
 
@@ -23,6 +26,7 @@ from ctp_cli.models.resolve import resolve_model
 from ctp_cli.recipe import EvalSection
 from ctp_cli.stages.eval import EvalReport, Target, evaluate
 
+TEXTS = ("c4", "wikitext2", "ptb")
 PLAIN = "soft prompt"
 INSTRUCTION = (  # the paper's hard prompt names the compression and asks to mind it; this one does so in other words
     "Some of your parameters were removed or rounded. Read what comes next with care, and say what is most likely."
@@ -46,32 +50,32 @@ def main() -> None:
     parser.add_argument("full")
     parser.add_argument("compressed")
     parser.add_argument("data", type=Path)
-    for name, default in {"steps": 60, "batch": 4, "seqlen": 256, "seeds": 2, "windows": 16}.items():
-        parser.add_argument(f"--{name}", type=int, default=default)
+    add_options(parser)
     parser.add_argument("--only", default=",".join(VARIANTS).replace(", ", "; "), help="with ; for commas in names")
     given = parser.parse_args()
     names = [name.replace(";", ",") for name in given.only.split(",")]
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(given.jobs) as pool:
         folder = Path(scratch)
         halves = split(given.data / "c4.valid.jsonl", folder)
         prompts: dict[tuple[str, int], Path] = {}
         seconds: dict[str, float] = {}
-        for seed in range(given.seeds):
-            for name in names:
-                started = time.monotonic()
-                prompts[name, seed] = learned(given, VARIANTS[name], seed, halves[0], folder, f"{len(prompts)}")
-                seconds[name] = time.monotonic() - started
-                print(f"{name}, seed {seed}: {seconds[name]:.0f} s", file=sys.stderr, flush=True)
-        texts = {
-            "c4": str(halves[1]),
-            "wikitext2": str(given.data / "wikitext2.test.txt"),
-            "ptb": f"{given.data / 'ptb.test.txt'}:lines",
-        }
-        section = EvalSection(ppl=tuple(f"{name}={path}" for name, path in texts.items()), windows=given.windows)
+
+        def learn(name: str, seed: int) -> None:
+            started = time.monotonic()
+            number = f"{names.index(name)}-{seed}"
+            learned(given, [given.compressed], VARIANTS[name], seed, halves[0], folder / number)
+            prompts[name, seed], seconds[name] = folder / number, time.monotonic() - started
+            print(f"{name}, seed {seed}: {seconds[name]:.0f} s", file=sys.stderr, flush=True)
+
+        tasks = [(name, seed) for seed in range(given.seeds) for name in names]
+        for started_from_another in (False, True):  # which has to be there
+            these = [task for task in tasks if ("{plain}" in VARIANTS[task[0]]) == started_from_another]
+            list(pool.map(learn, *zip(*these, strict=True)) if these else ())
+        section = evaluation(given, halves[1])
         model = resolve_model(given.compressed)
-        targets = [Target(f"{name} {seed}", model, path) for (name, seed), path in prompts.items()]
+        targets = [Target(f"{name} {seed}", model, prompts[name, seed]) for name, seed in tasks]
         targets += [Target("compressed", model), Target("full", resolve_model(given.full))]
-        table(evaluate(section, targets=targets), names, list(texts), given.seeds, seconds)
+        table(evaluate(section, targets=targets), names, given.seeds, seconds)
 
 
 def split(text: Path, folder: Path) -> tuple[Path, Path]:
@@ -83,33 +87,46 @@ def split(text: Path, folder: Path) -> tuple[Path, Path]:
     return halves
 
 
-def learned(given: argparse.Namespace, variant: str, seed: int, chosen_on: Path, folder: Path, name: str) -> Path:
-    output = folder / name
-    options = shlex.split(variant.format(full=shlex.quote(given.full), plain=folder / "0" / "prompt.safetensors"))
-    command = [sys.executable, "-m", "ctp_cli", "learn", given.compressed, "-q", "-o", str(output)]
+def add_options(parser: argparse.ArgumentParser) -> None:
+    for name, default in {"steps": 60, "batch": 4, "seqlen": 256, "seeds": 2, "windows": 16, "jobs": 1}.items():
+        parser.add_argument(f"--{name}", type=int, default=default)
+
+
+def evaluation(given: argparse.Namespace, c4: Path) -> EvalSection:
+    wikitext2, ptb = given.data / "wikitext2.test.txt", f"{given.data / 'ptb.test.txt'}:lines"
+    return EvalSection(ppl=(f"c4={c4}", f"wikitext2={wikitext2}", f"ptb={ptb}"), windows=given.windows)
+
+
+def learned(
+    given: argparse.Namespace, models: Sequence[str], variant: str, seed: int, chosen_on: Path, output: Path
+) -> None:
+    """Learn a prompt into the folder `output`."""
+    plain = output.parent / f"0-{seed}" / "prompt.safetensors"
+    options = shlex.split(variant.format(full=shlex.quote(given.full), plain=plain))
+    command = [sys.executable, "-m", "ctp_cli", "learn", *models, "-q", "-o", str(output)]
     command += ["--text", str(given.data / "c4.train.jsonl"), "--validation", str(chosen_on), "--seed", str(seed)]
     command += ["--steps", str(given.steps), "--batch-size", str(given.batch), "--seqlen", str(given.seqlen)]
     command += ["--validate-every", str(max(given.steps // 3, 1)), "--validation-windows", "16", *options]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    return output
 
 
-def table(report: EvalReport, names: list[str], texts: list[str], seeds: int, seconds: dict[str, float]) -> None:
-    def logs(label: str) -> list[float]:
-        return [math.log(report.value(label, text)[0]) for text in texts]
+def logs(report: EvalReport, label: str) -> list[float]:
+    return [math.log(report.value(label, text)[0]) for text in TEXTS]
 
-    compressed, full = logs("compressed"), logs("full")
-    print(f"| | seconds | {' | '.join(texts)} | gap won back, by seed | against the plain prompt, by text |")
-    print("|---" * (len(texts) + 4) + "|")
+
+def table(report: EvalReport, names: list[str], seeds: int, seconds: dict[str, float]) -> None:
+    compressed, full = logs(report, "compressed"), logs(report, "full")
+    print(f"| | seconds | {' | '.join(TEXTS)} | gap won back, by seed | against the plain prompt, by text |")
+    print("|---" * (len(TEXTS) + 4) + "|")
     for label in ("full", "compressed"):
-        values = (f"{value:.2f} ± {error:.2f}" for value, error in (report.value(label, text) for text in texts))
+        values = (f"{value:.2f} ± {error:.2f}" for value, error in (report.value(label, text) for text in TEXTS))
         print(f"| {label} | | {' | '.join(values)} | | |")
     for name in names:
         labels = [f"{name} {seed}" for seed in range(seeds)]
-        values = (f"{math.exp(mean(math.log(report.value(x, text)[0]) for x in labels)):.2f}" for text in texts)
+        values = (f"{math.exp(mean(math.log(report.value(x, text)[0]) for x in labels)):.2f}" for text in TEXTS)
         gaps = []
         for label in labels:
-            won = mean(c - p for c, p in zip(compressed, logs(label), strict=True))
+            won = mean(c - p for c, p in zip(compressed, logs(report, label), strict=True))
             gaps.append(won / mean(c - f for c, f in zip(compressed, full, strict=True)))
         against = [score.against_first for score in report.scores if score.label == labels[0]]
         cells = [f"{seconds[name]:.0f}", *values, " ".join(f"{gap:.0%}" for gap in gaps)]

@@ -1,10 +1,11 @@
 """Learning a prompt by ctp and by PEFT: tokens per second, peak memory and loss, side by side.
 
     python benchmarks/learning.py MODEL TEXT [--rounds 3] [--steps 8] [--batch 4] [--seqlen 512] [--tokens 100]
-        [--dtype float32]
+        [--dtype float32] [--device cuda]
 
 Same model (a dense checkpoint, in bfloat16 or float32), batches, start, learning rates and clipping; each in a process
 of its own, in turn, so that a machine that slows down slows all of them. Each one's first step is left out of its time.
+Peak memory is the process's on the CPU, and what PyTorch held at most on a GPU.
 """
 
 import argparse
@@ -36,6 +37,7 @@ def main() -> None:
     for name, default in {"rounds": 3, "steps": 8, "batch": 4, "seqlen": 512, "tokens": 100}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the frozen model")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     given = parser.parse_args()
     path = resolve_model(given.model).path
     runs: dict[str, list[dict[str, Any]]] = {who: [] for who in WHO}
@@ -46,7 +48,7 @@ def main() -> None:
             for who in WHO:
                 script = str(Path(__file__).parent / "peers" / "learning.py")
                 command = [sys.executable, script, who, str(path), str(batches), "--dtype", given.dtype]
-                subprocess.run([*command, "--out", str(out)], check=True)
+                subprocess.run([*command, "--device", given.device, "--out", str(out)], check=True)
                 runs[who].append(json.loads(out.read_text()))
                 print(f"round {turn + 1}: {who}: {runs[who][-1]}", file=sys.stderr, flush=True)
     print("| by | tokens/s (min-max over rounds) | rate, ctp = 1 | peak memory, GB | loss of the steps |")

@@ -1,6 +1,6 @@
 """Learn a prompt in a process of its own and say, as one line of JSON, how long each step took and what it cost.
 
-    python learning.py WHO MODEL BATCHES --dtype float32 --out FILE
+    python learning.py WHO MODEL BATCHES --dtype float32 --device cpu --out FILE
 
 WHO is ctp; peft-loop: PEFT prompt tuning in the plain loop of its documentation; peft-trainer: the same in
 transformers' Trainer. BATCHES is a safetensors file: ids (steps, B, T), start (P, D).
@@ -34,7 +34,7 @@ def ctp(network: Any, batches_SBT: torch.Tensor, start_PD: torch.Tensor) -> tupl
     state = training.Progressing(start_PD.clone(), start_PD.clone(), planned_steps=steps, learning_rate=RATE)
     batches = WholeText(batches_SBT.flatten(), seqlen, batch, seed=0)
     object.__setattr__(batches, "at", lambda step: batches_SBT[step])
-    loop = training._Loop(module, state, batches, settings, Accelerator(cpu=True), None)
+    loop = training._Loop(module, state, batches, settings, Accelerator(cpu=network.device.type == "cpu"), None)
     return timed(loop.step, steps)
 
 
@@ -47,7 +47,7 @@ def peft_loop(network: Any, batches_SBT: torch.Tensor, start_PD: torch.Tensor) -
     batches = iter(batches_SBT)
 
     def step() -> float:
-        loss = model(**inputs(next(batches))).loss
+        loss = model(**inputs(next(batches).to(network.device))).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(learnable, CLIP)
         optimizer.step()
@@ -87,7 +87,7 @@ def peft_trainer(network: Any, batches_SBT: torch.Tensor, start_PD: torch.Tensor
             logging_steps=1,
             save_strategy="no",
             report_to=[],
-            use_cpu=True,
+            use_cpu=network.device.type == "cpu",
             disable_tqdm=True,
             train_sampling_strategy="sequential",
         )
@@ -131,13 +131,15 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("batches", type=Path)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
     held = load_file(given.batches)
     who = {"ctp": ctp, "peft-loop": peft_loop, "peft-trainer": peft_trainer}[given.who]
-    network = AutoModelForCausalLM.from_pretrained(given.model, dtype=getattr(torch, given.dtype))
+    network = AutoModelForCausalLM.from_pretrained(given.model, dtype=getattr(torch, given.dtype)).to(given.device)
     times, losses = who(network, held["ids"], held["start"])
-    given.out.write_text(json.dumps({"times": times, "losses": losses, "peak_bytes": peak_bytes()}))
+    peak = peak_bytes() if given.device == "cpu" else torch.cuda.max_memory_allocated()
+    given.out.write_text(json.dumps({"times": times, "losses": losses, "peak_bytes": peak}))
 
 
 if __name__ == "__main__":
