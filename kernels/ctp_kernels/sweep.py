@@ -1,5 +1,9 @@
 """The inner loop of GPTQ and SparseGPT over one block of inputs, and what grids would cost there.
 
+On a CPU with AVX2 and a C++ compiler loops are compiled, threads taking outputs: results are the same on any number of
+threads. On a GPU with triton they are kernels, a launch for every 64 inputs; without it, every input takes some ten
+launches. Results of one way differ from another's by rounding.
+
 C=inputs of the block O=outputs G=grids K=candidate grids
 """
 
@@ -7,11 +11,13 @@ import contextlib
 import ctypes
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ctp_kernels.cpu.build import AVX2, AVX512, load
+from ctp_kernels.triton import ops
 
 
 @dataclass(frozen=True)
@@ -43,8 +49,7 @@ def sweep_columns(
     of the inverse Hessian; errors_CO (C, O) float32 receives errors divided by U's diagonal; keep_CO (C, O) bool, False
     where an input is pruned; codes_CO (C, O) uint8 receives codes, the zero point for pruned weights. All but U_CC
     are contiguous, U_CC's rows are.
-    Without `grids` inputs are only pruned. On a CPU with AVX2 and a C++ compiler a compiled loop does it, threads
-    taking outputs; results are the same on any number of threads, and differ from those without it by rounding.
+    Without `grids` inputs are only pruned.
     Source: GPTQ (arXiv:2210.17323), algorithm 1; SparseGPT (arXiv:2301.00774), algorithm 1.
     """
     library = _library() if W_CO.device.type == "cpu" else None
@@ -65,6 +70,22 @@ def sweep_columns(
             None if codes_CO is None else codes_CO.data_ptr(),
             errors_CO.data_ptr(),
             torch.get_num_threads(),
+        )
+        return
+    kernels = _kernels(W_CO)
+    if kernels is not None:
+        of_one = grids is None or len(grids.scales_GO) == 1
+        kernels.sweep_columns(
+            W_CO,
+            U_CC,
+            errors_CO,
+            columns,
+            scales_GO=None if grids is None else grids.scales_GO,
+            zeros_GO=None if grids is None else grids.zeros_GO,
+            group_of_C=None if grids is None or of_one else grids.group_of_C.to(W_CO.device),
+            max_code=0 if grids is None else grids.max_code,
+            keep_CO=keep_CO,
+            codes_CO=codes_CO,
         )
         return
     with _one_thread():
@@ -119,9 +140,13 @@ def _one_thread() -> Iterator[None]:
 def rounding_errors(w_CO: Tensor, scales_KO: Tensor, zeros_KO: Tensor, max_code: int) -> Tensor:
     """(K, O): the squared errors of rounding w to each of K grids, summed over inputs.
 
-    Shapes: w_CO (C, O), scales_KO and zeros_KO (K, O), all float32 and contiguous. Compiled as `sweep_columns` is.
+    Shapes: w_CO (C, O), scales_KO and zeros_KO (K, O), all float32 and contiguous.
     """
     library = _library() if w_CO.device.type == "cpu" else None
+    kernels = _kernels(w_CO) if library is None else None
+    if kernels is not None:
+        found: Tensor = kernels.rounding_errors(w_CO, scales_KO, zeros_KO, max_code)
+        return found
     errors_KO = torch.empty_like(scales_KO)
     if library is not None:
         w, scales, zeros, errors = (x.data_ptr() for x in (w_CO, scales_KO, zeros_KO, errors_KO))
@@ -152,7 +177,7 @@ def improve_codes(
     Shapes: codes_OI (O, I) uint8; residual_OI (O, I) float32, (W - V) H for the values V of the codes, moves along;
         H_II (I, I) float32, symmetric, its diagonal positive; scales_OG and zeros_OG (O, G) float32; group_of_I (I,)
         int32; keep_OI (O, I) bool, False where a code stays. All contiguous.
-    The error (W - V) H (W - V)^T of every row falls with every change. Compiled as `sweep_columns` is.
+    The error (W - V) H (W - V)^T of every row falls with every change.
     Source: QuantEase (arXiv:2309.01885).
     """
     library = _library() if codes_OI.device.type == "cpu" else None
@@ -169,20 +194,46 @@ def improve_codes(
             torch.get_num_threads(),
         )
         return
-    diagonal, group_of = H_II.diagonal().tolist(), group_of_I.tolist()
+    kernels = _kernels(codes_OI)
+    sweep = _improve_codes if kernels is None else kernels.improve_codes
+    group_of_I = group_of_I.to(codes_OI.device)
     for _ in range(sweeps):
         before_OI = codes_OI.clone()
-        for i, group in enumerate(group_of):
-            scale_O, zero_O = scales_OG[:, group], zeros_OG[:, group]
-            code_O = codes_OI[:, i].float()
-            wanted_O = (code_O - zero_O) * scale_O + residual_OI[:, i] / diagonal[i]
-            best_O = torch.div(wanted_O, scale_O).round_().add_(zero_O).clamp_(0, max_code)
-            if keep_OI is not None:
-                best_O = torch.where(keep_OI[:, i], best_O, code_O)
-            residual_OI.addr_((best_O - code_O) * scale_O, H_II[i], alpha=-1)
-            codes_OI[:, i] = best_O.to(torch.uint8)
+        sweep(codes_OI, residual_OI, H_II, scales_OG, zeros_OG, group_of_I, keep_OI=keep_OI, max_code=max_code)
         if torch.equal(before_OI, codes_OI):
             return
+
+
+def _improve_codes(
+    codes_OI: Tensor,
+    residual_OI: Tensor,
+    H_II: Tensor,
+    scales_OG: Tensor,
+    zeros_OG: Tensor,
+    group_of_I: Tensor,
+    *,
+    keep_OI: Tensor | None,
+    max_code: int,
+) -> None:
+    diagonal = H_II.diagonal().tolist()
+    for i, group in enumerate(group_of_I.tolist()):
+        scale_O, zero_O = scales_OG[:, group], zeros_OG[:, group]
+        code_O = codes_OI[:, i].float()
+        wanted_O = (code_O - zero_O) * scale_O + residual_OI[:, i] / diagonal[i]
+        best_O = torch.div(wanted_O, scale_O).round_().add_(zero_O).clamp_(0, max_code)
+        if keep_OI is not None:
+            best_O = torch.where(keep_OI[:, i], best_O, code_O)
+        residual_OI.addr_((best_O - code_O) * scale_O, H_II[i], alpha=-1)
+        codes_OI[:, i] = best_O.to(torch.uint8)
+
+
+def _kernels(x: Tensor) -> Any:
+    """The module of kernels for the GPU that x is on, None where there is none."""
+    if not ops.available() or (x.device.type != "cuda" and not ops.interpreted()):
+        return None
+    from ctp_kernels.triton import columns
+
+    return columns if columns.usable(x) else None
 
 
 def _library() -> ctypes.CDLL | None:

@@ -38,6 +38,8 @@ _POINTERS = {
     torch.int64: "i64",
 }
 
+_ANY_NUMBER = ("batch", "splits", "columns", "max_code", "U_stride", "groups")
+
 
 @dataclass(frozen=True)
 class Compiled:
@@ -102,6 +104,23 @@ def compile_dequantize(weight: PackedWeight, target: str, *, dtype: torch.dtype 
     return _compile(dequantize, {"dense": dense, **operands(weight)}, fixed, target, options(4, 1))
 
 
+def compile_columns(target: str) -> dict[str, Compiled]:
+    """The solver's kernels, by name, with everything they can be asked for."""
+    from ctp_kernels.triton import columns, spans
+
+    real, byte, index = (
+        torch.empty(1, dtype=dtype, device="meta") for dtype in (torch.float32, torch.uint8, torch.int32)
+    )
+    tensors = {name: real for name in ("W", "w", "U", "H", "errors", "residual", "changes", "scales", "zeros")}
+    tensors |= {"keep": byte, "codes": byte, "group_of": index}
+    tile = {"C": columns.SPAN, "O": columns.OUTPUTS}
+    return {
+        "take_span": _compile(spans.take_span, tensors, tile, target, options(1, 1)),
+        "improve_span": _compile(spans.improve_span, tensors, tile, target, options(1, 1)),
+        "round_all": _compile(spans.round_all, tensors, {"O": columns.CANDIDATE_OUTPUTS}, target, options(4, 1)),
+    }
+
+
 def _compile(
     kernel: Any,
     tensors: Mapping[str, torch.Tensor | None],
@@ -113,14 +132,14 @@ def _compile(
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    settled = {**fixed, **{name: None for name, x in tensors.items() if x is None}}
     names = kernel.arg_names
+    settled = {**fixed, **{name: None for name, x in tensors.items() if x is None and name in names}}
     signature = {}
     for name in names:
         x = tensors.get(name)
         signature[name] = "constexpr" if name in settled else "i32" if x is None else f"*{_POINTERS[x.dtype]}"
     # what the launcher finds out by itself: sizes of layers and addresses are multiples of 16
-    aligned = [index for index, name in enumerate(names) if name not in settled and name not in ("batch", "splits")]
+    aligned = [index for index, name in enumerate(names) if name not in settled and name not in _ANY_NUMBER]
     gpu = GPUTarget("hip", target, 64) if target.startswith("gfx") else GPUTarget("cuda", int(target[3:]), 32)
     found = triton.compile(
         ASTSource(

@@ -73,6 +73,12 @@ def test_bfloat16(layout: str, target: str) -> None:
     check(aot.compile_forward(aot.sample(layout, 4), target, dtype=torch.bfloat16, batch=16))
 
 
+@pytest.mark.parametrize("target", aot.TARGETS)
+def test_the_solvers_loops(target: str) -> None:
+    for compiled in aot.compile_columns(target).values():
+        assert compiled.spilled == 0 and compiled.shared_bytes < 1024 and compiled.registers < 168, compiled
+
+
 @pytest.mark.parametrize(("layout", "target"), everywhere(quick={("dense", "sm_80"), ("bitmap", "sm_90")}))
 def test_weights_made_dense(layout: str, target: str) -> None:
     """No product is left in there, and nothing is spilled."""
