@@ -3,6 +3,7 @@
 B=batch T=tokens N=positions D=hidden width V=vocabulary K=likeliest tokens
 """
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,9 +14,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-_CHUNK_BYTES = 32 << 20
+_CHUNK_BYTES, _CHUNK_BYTES_GPU = 32 << 20, 256 << 20
 """Of float32 logits in memory at once. Larger blocks the C library asks the system for, and hands back, each time; that
-fills them with zeros, which takes longer than what is computed in them."""
+fills them with zeros, which takes longer than what is computed in them. A GPU launches some twenty kernels for each."""
 
 
 class Scorer:
@@ -34,18 +35,21 @@ class Scorer:
     @torch.no_grad()
     def _is_plain(self, head: nn.Linear) -> bool:
         ids = torch.arange(1, 9, device=self.model.device)[None] % head.weight.shape[0]
-        with fast_arithmetic():
+        with fast_arithmetic(self.model.device):
             return torch.equal(head(self._hidden(input_ids=ids)), self._logits(input_ids=ids))
 
     def _hidden(self, **inputs: Any) -> Tensor:
-        with fast_arithmetic():
+        with self._fast(inputs):
             hidden: Tensor = self.model.base_model(**{"use_cache": False, **inputs}).last_hidden_state
         return hidden
 
     def _logits(self, **inputs: Any) -> Tensor:
-        with fast_arithmetic():
+        with self._fast(inputs):
             logits: Tensor = self.model(**{"use_cache": False, **inputs}).logits
         return logits
+
+    def _fast(self, inputs: dict[str, Any]) -> AbstractContextManager[Any]:
+        return fast_arithmetic(self.model.device, behind_prefix=cache_keyword(self.model) in inputs)
 
     def nll(
         self,
@@ -55,10 +59,11 @@ class Scorer:
         soft: "SoftTargets | None" = None,
         **inputs: Any,
     ) -> Tensor:
-        """Loss of each label but the first of each row, (B, T - 1) float32; differentiable in `prefix`.
+        """Loss of each label but the first of each row, (B, T - 1) float32; differentiable in `prefix` and `inputs`.
 
-        `inputs` go to the model as they are, behind the keys and values of `prefix`, which grows. With `soft` the loss
-        is the cross-entropy against a mix of label and another model's likeliest tokens.
+        `inputs` go to the model as they are, behind the keys and values of `prefix`, which grows; labels are of the
+        last T positions of what they are. With `soft` the loss is the cross-entropy against a mix of label and another
+        model's likeliest tokens.
         """
         shape = labels_BT[:, 1:].shape
         tokens_NK, shares_NK = labels_BT[:, 1:].reshape(-1, 1), None
@@ -67,10 +72,10 @@ class Scorer:
         if prefix is not None:
             inputs |= {cache_keyword(self.model): prefix, "use_cache": True}
         if self.head is None:
-            logits = self._logits(**inputs)[:, :-1]
+            logits = self._logits(**inputs)[:, -labels_BT.shape[1] : -1]
             surprise_NK = -logits.float().flatten(0, 1).log_softmax(-1).gather(1, tokens_NK)
             return (surprise_NK if shares_NK is None else surprise_NK * shares_NK).sum(-1).view(shape)
-        hidden_ND = self._hidden(**inputs)[:, :-1].flatten(0, 1)
+        hidden_ND = self._hidden(**inputs)[:, -labels_BT.shape[1] : -1].flatten(0, 1)
         losses_N: Tensor = _HeadLoss.apply(hidden_ND, self.head.weight, self.head.bias, tokens_NK, shares_NK)
         return losses_N.view(shape)
 
@@ -139,7 +144,8 @@ def _head_logits(hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None) ->
 
 def _positions(weight_VD: Tensor) -> int:
     """Whose logits are in memory at once."""
-    return max(1, _CHUNK_BYTES // (4 * weight_VD.shape[0]))
+    budget = _CHUNK_BYTES if weight_VD.device.type == "cpu" else _CHUNK_BYTES_GPU
+    return max(1, budget // (4 * weight_VD.shape[0]))
 
 
 class _HeadLoss(torch.autograd.Function):

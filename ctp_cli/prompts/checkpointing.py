@@ -29,11 +29,13 @@ def _checkpointed(forward: Callable[..., Any], index: int) -> Callable[..., Any]
             return forward(*inputs, **options)
         cache = next((value for value in (*inputs, *options.values()) if isinstance(value, Cache)), None)
         before = None if cache is None else _keys_and_values(cache, index)
+        device = next(value.device for value in (*inputs, *options.values()) if isinstance(value, torch.Tensor))
 
         def once_more(*inputs: Any, **options: Any) -> Any:
             if cache is not None:
                 _put_back(cache, index, before)
-            with fast_arithmetic():  # the gradient is asked for outside of whatever surrounded the forward pass
+            # the gradient is asked for outside of whatever surrounded the forward pass
+            with fast_arithmetic(device, behind_prefix=cache is not None):
                 return forward(*inputs, **options)
 
         return checkpoint(once_more, *inputs, use_reentrant=False, **options)

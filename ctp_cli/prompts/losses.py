@@ -15,7 +15,7 @@ from transformers.cache_utils import Cache
 
 from ctp_cli.errors import InputError
 from ctp_cli.models.head import Scorer, SoftTargets
-from ctp_cli.models.loading import check_ids
+from ctp_cli.models.loading import check_ids, decoder_embedding
 from ctp_cli.models.remade import remade_activations
 from ctp_cli.models.sharding import Frozen
 from ctp_cli.prompts.prefix import behind_bos, kv_template, rows_prefix
@@ -61,8 +61,9 @@ class PromptedLoss(nn.Module, ABC):
 class SoftPromptLoss(PromptedLoss):
     """The prompt is rows (P, D) float32 among the input embeddings.
 
-    Its keys and values are the same for every sequence of a batch: they are computed once, and gradients flow back
-    through them. With `bos_id` that token stands before the rows, and is not learned.
+    On the CPU its keys and values, which are the same for every sequence of a batch, are computed once, and gradients
+    flow back through them. Elsewhere it stands before every sequence: launching kernels twice, and attention behind a
+    prefix, would cost more than these few rows. With `bos_id` that token stands before the rows, and is not learned.
     """
 
     def __init__(self, models: Sequence[Frozen], start: Tensor, *, bos_id: int | None = None) -> None:
@@ -71,7 +72,20 @@ class SoftPromptLoss(PromptedLoss):
 
     def _loss(self, model: PreTrainedModel, ids_BT: Tensor, which: int, soft: SoftTargets | None) -> Tensor:
         rows_PD = behind_bos(self.prompt, model, self._bos_id)
-        with fast_arithmetic():
+        way = self._behind_prefix if model.device.type == "cpu" else self._in_front
+        return way(rows_PD, model, ids_BT, which, soft)
+
+    def _in_front(
+        self, rows_PD: Tensor, model: PreTrainedModel, ids_BT: Tensor, which: int, soft: SoftTargets | None
+    ) -> Tensor:
+        embeds_BTD = decoder_embedding(model)(ids_BT).to(rows_PD.dtype)
+        embeds_BTD = torch.cat([rows_PD.expand(len(ids_BT), -1, -1), embeds_BTD], dim=1)
+        return self._scorers[which].nll(ids_BT, soft=soft, inputs_embeds=embeds_BTD).mean()
+
+    def _behind_prefix(
+        self, rows_PD: Tensor, model: PreTrainedModel, ids_BT: Tensor, which: int, soft: SoftTargets | None
+    ) -> Tensor:
+        with fast_arithmetic(model.device):
             of_prompt = model.base_model(inputs_embeds=rows_PD[None], use_cache=True)
         prefix = fresh_copy(cache_of(of_prompt), batch_size=ids_BT.shape[0])
         loss = self._scorers[which].nll(ids_BT, prefix=prefix, soft=soft, input_ids=ids_BT).mean()

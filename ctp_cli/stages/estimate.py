@@ -167,7 +167,7 @@ def _solver_operations(shapes: Sequence[Sequence[tuple[int, int]]], job: Job) ->
 
 def _operations_per_second(dtype: torch.dtype | None) -> float:
     a, b = (torch.randn(1024, 1024, dtype=dtype or torch.float32) for _ in range(2))
-    with fast_arithmetic():
+    with fast_arithmetic(a.device):
         functional.linear(a, b)  # the first one pays for preparations
         started = time.perf_counter()
         functional.linear(a, b)

@@ -115,7 +115,7 @@ class Passes:
         record, processes = self.folder / _SPARSITIES, self.processes
         if not processes.told(record.exists()):
             few_NT = ids_NT[: -(-ALLOCATION_WINDOWS // processes.count)]
-            with fast_arithmetic():
+            with fast_arithmetic(ids_NT.device):
                 shares = self._outlier_shares(few_NT)
             weights = [sum(layer.weight_OI.numel() for layer in block.layers) for block in self.blocks]
             assert isinstance(self.job.section.sparsity, float)
@@ -168,7 +168,7 @@ class Passes:
         self, folder: Path, rule: SolverRule, settings: LayerFormat | None, ids_NT: Tensor
     ) -> list[dict[str, Any]]:
         """Solve every block and write it to its shard. What became of every layer."""
-        with fast_arithmetic():
+        with fast_arithmetic(ids_NT.device):
             return self._solve_blocks(folder, rule, settings, ids_NT)
 
     def _solve_blocks(
@@ -227,7 +227,7 @@ class Passes:
         return report
 
     def _keep_hidden_states(self, ids_NT: Tensor) -> None:
-        with fast_arithmetic():
+        with fast_arithmetic(ids_NT.device):
             state = self._start_walk(ids_NT[:: -(-len(ids_NT) // _STATES_WINDOWS)])
             for block in self.blocks:
                 advance(block, state)

@@ -1,6 +1,6 @@
 """What PyTorch does badly on a processor, done otherwise: 16-bit products in float32, attention by kernels of our own.
 
-    with fast_arithmetic():
+    with fast_arithmetic(model.device):
         model(ids)
 
 PyTorch's products of bfloat16 matrices are fast where the processor has instructions for them (AVX-512 at least).
@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from ctp_kernels.attention import CausalMasks, causal_attention
+from ctp_kernels.attention import CausalMasks, causal_attention, prefix_attention
 from ctp_kernels.cpu.build import cpu_features
 
 _FEW_ROWS = 8
@@ -33,9 +33,18 @@ _UNREPEATED = "TRANSFORMERS_SDPA_FORCE_GQA"
 """Where it is 1, transformers hands over keys and values that heads share once, under a mask too."""
 
 
-class fast_arithmetic(TorchFunctionMode):
-    """A context in which 16-bit products and attention on the CPU take the fastest way there is; differentiable."""
+def fast_arithmetic(device: torch.device, *, behind_prefix: bool = False) -> AbstractContextManager[Any]:
+    """A context in which a model on that device takes the fastest ways there are; differentiable.
 
+    On the CPU these are ways for 16-bit products and attention. On other devices PyTorch's own are fast, but for the
+    attention of text behind a prefix; asking about every operation would cost as long as launching it.
+    """
+    if device.type == "cpu":
+        return _OnCpu()
+    return prefix_attention() if behind_prefix else nullcontext()
+
+
+class _OnCpu(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self._ways = dict.fromkeys(_PRODUCTS, _product) | {functional.linear: _linear}
@@ -103,7 +112,7 @@ def is_slow(x: Tensor) -> bool:
 
 def where_slow(x: Tensor) -> AbstractContextManager[Any]:
     """`fast_arithmetic` where tensors like x are slow to multiply, else nothing: models run as PyTorch runs them."""
-    return fast_arithmetic() if is_slow(x) else nullcontext()
+    return _OnCpu() if is_slow(x) else nullcontext()
 
 
 @functools.cache

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 
 from ctp_kernels.cpu.build import AVX2, AVX512, AVX512_BF16, Level, load
 
@@ -72,6 +74,31 @@ def _says_causal(mask: Tensor) -> bool:
         return torch.equal(mask, wanted.expand_as(mask))
     seen, unseen = mask == 0, mask <= torch.finfo(mask.dtype).min
     return bool((seen == wanted).all() and (seen | unseen).all())
+
+
+class prefix_attention(TorchFunctionMode):
+    """A context in which attention of a text behind a prefix skips what a token does not see; differentiable.
+
+    With more keys than queries transformers describes causality by a mask. Under a mask PyTorch computes every score,
+    those of later tokens too, so that attention takes twice as long as without a prefix, whatever the prefix's length.
+    Here P empty queries are put before those of the text: that is square and needs no mask. Attention of other kinds
+    goes its own way, and so does that behind a prefix that is longer than the text.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._is_causal = CausalMasks()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is not functional.scaled_dot_product_attention or len(args) != 3 or kwargs.get("attn_mask") is None:
+            return func(*args, **kwargs)
+        query, key, _ = args
+        queries, prefix = query.shape[-2], key.shape[-2] - query.shape[-2]
+        if not 0 < prefix < queries or kwargs.get("dropout_p") or not self._is_causal(query, key, kwargs):
+            return func(*args, **kwargs)
+        square = functional.pad(query, (0, 0, prefix, 0))
+        return func(square, *args[1:], **kwargs | {"attn_mask": None, "is_causal": True})[..., prefix:, :]
 
 
 class _Attention(torch.autograd.Function):

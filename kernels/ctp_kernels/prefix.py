@@ -1,7 +1,7 @@
 """A soft prompt is a prefix: its keys and values are the same for every input, so they are computed once.
 
     prefix = prefix_cache(model, prompt_PD)
-    with prefix_attention():
+    with fast_arithmetic(model.device, behind_prefix=True):
         logits_BTV = model(ids_BT, **{cache_keyword(model): fresh_copy(prefix, batch_size=B)}).logits
 
 gives what `model(inputs_embeds=[prompt, text])` gives at the positions of the text. No mask or positions
@@ -16,12 +16,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
-from torch.overrides import TorchFunctionMode
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 from ctp_kernels.arithmetic import where_slow
-from ctp_kernels.attention import CausalMasks
 
 
 @torch.no_grad()
@@ -102,31 +99,6 @@ def cache_bytes(cache: Cache) -> int:
     """Bytes of the keys and values a cache holds."""
     tensors = [t for layer in cache.layers for t in vars(layer).values() if isinstance(t, Tensor)]
     return sum(t.numel() * t.element_size() for t in tensors if t.dim() == 4)
-
-
-class prefix_attention(TorchFunctionMode):
-    """A context in which attention of a text behind a prefix skips what a token does not see; differentiable.
-
-    With more keys than queries transformers describes causality by a mask. Under a mask PyTorch computes every score,
-    those of later tokens too, so that attention takes twice as long as without a prefix, whatever the prefix's length.
-    Here P empty queries are put before those of the text: that is square and needs no mask. Attention of other kinds
-    goes its own way, and so does that behind a prefix that is longer than the text.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._is_causal = CausalMasks()
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is not functional.scaled_dot_product_attention or len(args) != 3 or kwargs.get("attn_mask") is None:
-            return func(*args, **kwargs)
-        query, key, _ = args
-        queries, prefix = query.shape[-2], key.shape[-2] - query.shape[-2]
-        if not 0 < prefix < queries or kwargs.get("dropout_p") or not self._is_causal(query, key, kwargs):
-            return func(*args, **kwargs)
-        square = functional.pad(query, (0, 0, prefix, 0))
-        return func(square, *args[1:], **kwargs | {"attn_mask": None, "is_causal": True})[..., prefix:, :]
 
 
 def check_width(model: Any, prompt_embeddings: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from ctp_kernels.arithmetic import where_slow
+from ctp_kernels.attention import prefix_attention
 from ctp_kernels.memory import PeakMemory, watch_peak, weight_bytes
 from ctp_kernels.prefix import (
     cache_bytes,
@@ -26,7 +27,6 @@ from ctp_kernels.prefix import (
     cache_of,
     check_width,
     fresh_copy,
-    prefix_attention,
     prefix_cache,
 )
 

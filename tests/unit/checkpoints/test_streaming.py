@@ -64,7 +64,7 @@ def compressed_whole(model: Path, text: Path, **settings: Any) -> dict[str, torc
     network = load_model(model)
     blocks = find_blocks(network)
     rule: SolverRule = solver_rule(section, [layer for block in blocks for layer in block.layers])
-    with fast_arithmetic():
+    with fast_arithmetic(torch.device("cpu")):
         state = start_walk(network, blocks, [(ids_NT, None)])
         full_state = WalkState(list(state.hidden_BTD), state.calls, state.keep_BT)
         for block in blocks:

@@ -10,6 +10,8 @@ from torch import nn
 from torch.nn import functional
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
+CPU = torch.device("cpu")
+
 
 @pytest.fixture
 def without_amx(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -28,7 +30,7 @@ def test_where_no_kernel_fits_attention_in_float32_is_nearer_to_float64_and_keep
     exact = functional.scaled_dot_product_attention(q.double(), k.double(), v.double(), is_causal=True)
     how = {"attn_mask": mask} if masked else {"is_causal": True}
     plain = functional.scaled_dot_product_attention(q, k, v, **how)
-    with arithmetic.fast_arithmetic():
+    with arithmetic.fast_arithmetic(CPU):
         ours = functional.scaled_dot_product_attention(q, key=k, value=v, **how)
     assert ours.dtype == torch.bfloat16
     # only the last rounding to bfloat16 is left
@@ -54,7 +56,7 @@ def test_attention_is_left_alone_where_pytorchs_is_the_fastest(
     monkeypatch.setattr(arithmetic, "cpu_features", lambda: frozenset(features))
     monkeypatch.setattr(arithmetic, "_has_products", lambda dtype: products)
     q = torch.randn(1, 2, 9, 64).to(dtype)
-    with arithmetic.fast_arithmetic():
+    with arithmetic.fast_arithmetic(CPU):
         made = functional.scaled_dot_product_attention(q, q, q, is_causal=True)
     assert (made is marked) == replaced
 
@@ -76,7 +78,7 @@ def test_a_layers_output_and_gradients_are_those_of_float64(
     given = [t.requires_grad_() for t in ((x, W, b) if bias else (x, W))]
     exact = [t.detach().double().requires_grad_() for t in given]
     outer = torch.randn(1, rows, 24, generator=generator).to(dtype)
-    with arithmetic.fast_arithmetic():
+    with arithmetic.fast_arithmetic(CPU):
         made = functional.linear(*given)
         made.backward(outer)
     wanted = functional.linear(*exact)
@@ -90,6 +92,9 @@ def test_a_layers_output_and_gradients_are_those_of_float64(
         assert (ours.grad.double() - theirs.grad).norm() <= epsilon * theirs.grad.norm()
 
 
+CPU = torch.device("cpu")
+
+
 def test_products_are_made_in_float32_where_16_bits_are_slow_and_nowhere_else(has_products: bool) -> None:
     x = torch.full((16, 64), 3.0).bfloat16()
     seen: list[torch.dtype] = []
@@ -101,7 +106,7 @@ def test_products_are_made_in_float32_where_16_bits_are_slow_and_nowhere_else(ha
             return func(*args, **(kwargs or {}))
 
     W = torch.ones(64, 64).bfloat16()
-    with torch.no_grad(), arithmetic.fast_arithmetic(), Watch():
+    with torch.no_grad(), arithmetic.fast_arithmetic(CPU), Watch():
         results = [functional.linear(x, W), torch.addmm(W[0], x, W), x @ W, torch.bmm(x[None], W[None])[0]]
         results.append(W[None, :16].baddbmm(x[None], W[None])[0])
         wide_already = x.float() @ W.float()
@@ -115,7 +120,7 @@ def test_the_backward_pass_keeps_operands_as_they_came(monkeypatch: pytest.Monke
     layer, kept = nn.Linear(64, 64).bfloat16().requires_grad_(False), []
     x = torch.randn(16, 64).bfloat16().requires_grad_()
     watch = torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t)
-    with watch, arithmetic.fast_arithmetic():
+    with watch, arithmetic.fast_arithmetic(CPU):
         layer(x).sum().backward()
     assert kept and all(t.dtype == torch.bfloat16 for t in kept)
 
@@ -127,7 +132,7 @@ def test_the_kernel_is_given_plain_causal_attention_only(scale: float | None, mo
     marked = torch.full((1, 2, 9, 64), 7.0).bfloat16()
     monkeypatch.setattr(arithmetic, "causal_attention", lambda *given: (calls.append(given[3]), marked)[1])
     q = torch.randn(1, 2, 9, 64).bfloat16()
-    with arithmetic.fast_arithmetic():
+    with arithmetic.fast_arithmetic(CPU):
         assert functional.scaled_dot_product_attention(q, q, q, is_causal=True, scale=scale) is marked
         functional.scaled_dot_product_attention(q, q, q, scale=scale)
         functional.scaled_dot_product_attention(q, q, q, attn_mask=torch.ones(9, 9, dtype=torch.bool), scale=scale)
@@ -158,7 +163,7 @@ def test_a_mask_that_says_causal_behind_a_prefix_is_known(
     padded[1, :, :, 0] = False
     windowed[..., 8, :3] = False
     ahead[..., 0, prefix + 1] = True
-    with arithmetic.fast_arithmetic():
+    with arithmetic.fast_arithmetic(CPU):
         assert functional.scaled_dot_product_attention(q, k, k, attn_mask=masked(causal)) is marked
         for other in (padded, windowed, ahead):
             assert functional.scaled_dot_product_attention(q, k, k, attn_mask=masked(other)) is not marked
@@ -175,7 +180,7 @@ def test_gradients_go_through_whichever_attention_is_taken() -> None:
         q, k, v = (torch.randn(2, 3, 20, width, generator=generator).bfloat16().requires_grad_() for _ in range(3))
         exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
         functional.scaled_dot_product_attention(*exact, is_causal=True).square().sum().backward()
-        with arithmetic.fast_arithmetic():
+        with arithmetic.fast_arithmetic(CPU):
             functional.scaled_dot_product_attention(q, k, v, is_causal=True).float().square().sum().backward()
         for made, wanted in zip((q, k, v), exact, strict=True):
             assert (made.grad.double() - wanted.grad).norm() <= 0.02 * wanted.grad.norm()
@@ -204,8 +209,8 @@ def test_shared_keys_and_values_are_handed_over_once_and_the_setting_is_put_back
     keyword = cache_keyword(model)
     with torch.no_grad():
         wanted = model(ids).logits
-        with arithmetic.fast_arithmetic():
-            with arithmetic.fast_arithmetic():
+        with arithmetic.fast_arithmetic(CPU):
+            with arithmetic.fast_arithmetic(CPU):
                 model(ids[:, :3], **{keyword: prefix, "use_cache": True})
             made = model(ids[:, 3:], **{keyword: prefix}).logits
     assert heads == [(4, 2)] * 2
@@ -221,6 +226,6 @@ def test_keys_shared_under_another_mask_are_repeated_for_pytorch() -> None:
     wanted = functional.scaled_dot_product_attention(
         q.double(), k.double(), v.double(), attn_mask=mask, enable_gqa=True
     )
-    with arithmetic.fast_arithmetic():
+    with arithmetic.fast_arithmetic(CPU):
         made = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
     torch.testing.assert_close(made, wanted.float(), rtol=1e-5, atol=1e-6)

@@ -5,13 +5,13 @@ from contextlib import nullcontext
 import pytest
 import torch
 import transformers
+from ctp_kernels.attention import prefix_attention
 from ctp_kernels.prefix import (
     cache_bytes,
     cache_keyword,
     cache_with,
     fresh_copy,
     key_values_of,
-    prefix_attention,
     prefix_cache,
 )
 from torch.overrides import TorchFunctionMode

@@ -33,8 +33,13 @@ from ctp_cli.stages.stitch import stitch
 
 
 @pytest.mark.parametrize("family", ["llama", "llama_tied_gqa", "opt350", "gpt2", "gemma", "bloom", "gpt_neox", "phi"])
-def test_loss_and_gradient_equal_transformers(family: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_loss_and_gradient_equal_transformers(
+    family: str, device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Chunked, prompt positions skipped, gradient made in the forward pass: against plain autograd on all logits."""
+    if device == "cuda":  # the way of GPUs, taken here
+        monkeypatch.setattr(SoftPromptLoss, "_behind_prefix", SoftPromptLoss._in_front)
     model = load_model(tiny_model(family, tmp_path / family))
     ids = torch.randint(5, 300, (3, 300), generator=torch.Generator().manual_seed(0))  # 897 positions: several chunks
     prompt = torch.randn(6, model.get_input_embeddings().weight.shape[1], generator=torch.Generator().manual_seed(1))
