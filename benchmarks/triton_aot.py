@@ -9,7 +9,7 @@ spills, shared memory and instructions from the machine code. Needs triton and n
 import argparse
 
 import torch
-from ctp_kernels.triton.aot import TARGETS, Compiled, compile_dequantize, compile_forward, sample
+from ctp_kernels.triton.aot import TARGETS, Compiled, compile_columns, compile_dequantize, compile_forward, sample
 from ctp_kernels.triton.config import Config, default
 from ctp_kernels.triton.layouts import LAYOUTS
 
@@ -52,6 +52,9 @@ def main() -> None:
                     print(row(f"{layout}, {arguments.bits} bits, M = {batch}", name, tile, found), flush=True)
             found = compile_dequantize(weight, target)
             print(row(f"{layout}, {arguments.bits} bits, made dense", "fp16", "", found), flush=True)
+    for target in arguments.target or TARGETS:
+        for name, found in compile_columns(target).items():
+            print(row(f"solver, {name}", "fp32", "", found), flush=True)
 
 
 if __name__ == "__main__":
