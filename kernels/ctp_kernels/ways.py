@@ -34,9 +34,9 @@ _WHY = {
     DENSE: "weights are made dense for each product, which works anywhere",
 }
 _MANY_ROWS, _MANY_ROWS_MASKED = 128, 16
-"""Up to here weights are multiplied as they are packed on a GPU. With 4096 x 4096 weights on an H200 128 rows took 23 us
-with dense codes, where making them dense first took 26, 256 rows 38 and 27. 16 rows of 8:16 took 14 and 21, 64 as long;
-16 rows of a bitmap 32 and 26, 32 rows 56 and 26, but less memory (`benchmarks/gpu_rows.py`)."""
+"""Up to here weights are multiplied as they are packed on a GPU. With 4096 x 4096 weights on an H200 128 rows took
+23 us with dense codes, where making them dense first took 26, 256 rows 38 and 27. 16 rows of 8:16 took 14 and 21, 64
+as long; 16 rows of a bitmap 32 and 26, 32 rows 56 and 26, but less memory (`benchmarks/gpu_rows.py`)."""
 SOME_ROWS = 128
 """Up to here decoding in registers was faster than dense weights on a processor with AVX2: 1.2 to 2.5 times with 4096 x
 4096 weights, as fast with 576 x 576. They meet between 128 and 256 rows, with a bitmap later."""

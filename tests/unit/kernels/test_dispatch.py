@@ -196,7 +196,7 @@ def test_an_unknown_order_of_codes_is_refused_and_not_lost(monkeypatch: pytest.M
         (layer(groups=64), "cpu", torch.float16, 1, "dense", ("packed", "64 groups of 256")),
         (layer("bitmap"), "cuda", torch.float16, 1, "triton", ("int4", "for the CPU")),
         (layer("bitmap"), "cuda", torch.float16, 1, "triton", ("dense", "triton comes first")),
-        (layer("2:4"), "cuda", torch.bfloat16, 4000, "triton dense", ("triton", "more than 64 rows")),
+        (layer("2:4"), "cuda", torch.bfloat16, 4000, "triton dense", ("triton", "more than 16 rows")),
         (layer(), "cuda", torch.float64, 1, "dense", ("triton", "does not take torch.float64")),
         (layer(groups=32), "cuda", torch.float16, 1, "dense", ("triton", "groups of 8 inputs")),
         (
