@@ -15,8 +15,8 @@ from transformers.cache_utils import Cache
 
 from ctp_cli.errors import InputError
 from ctp_cli.models.head import Scorer, SoftTargets
+from ctp_cli.models.lean import keep_less
 from ctp_cli.models.loading import check_ids, decoder_embedding
-from ctp_cli.models.remade import remade_activations
 from ctp_cli.models.sharding import Frozen
 from ctp_cli.prompts.prefix import behind_bos, kv_template, rows_prefix
 
@@ -29,6 +29,8 @@ class PromptedLoss(nn.Module, ABC):
         self.prompt = nn.Parameter(start.to(models[0].model.device, copy=True))
         # held outside of nn.Module's registry: its parameters are neither prepared, synchronized nor saved with ours
         self._frozen = tuple(models)
+        for frozen in models:
+            keep_less(frozen.model)
         self._scorers = tuple(frozen(Scorer) for frozen in models)
 
     @property
@@ -42,8 +44,7 @@ class PromptedLoss(nn.Module, ABC):
 
     def forward(self, ids_BT: Tensor, which: int, soft: SoftTargets | None) -> Tensor:
         """Mean loss of ids_BT on the model number `which`, against its labels or these targets."""
-        with remade_activations():
-            loss: Tensor = self._frozen[which](lambda model: self._loss(model, ids_BT, which, soft))
+        loss: Tensor = self._frozen[which](lambda model: self._loss(model, ids_BT, which, soft))
         return loss
 
     @abstractmethod
