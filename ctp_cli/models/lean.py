@@ -1,88 +1,92 @@
-"""Less memory between forward and backward pass: norms and gated MLPs of a frozen model that keep their inputs alone.
+"""Less memory between forward and backward pass: a frozen model's norms and gated MLPs that keep their inputs alone."""
 
-N=rows D=width
-"""
-
+import functools
+import inspect
+import re
+import weakref
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
 from ctp_kernels.elementwise import gated_silu, made_again, rms_norm
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import PreTrainedModel
-
-_PROBED_ROWS = 4
-_TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2**-6, torch.float16: 2**-9}
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
+from transformers.models.phi3.modeling_phi3 import Phi3MLP
 
 
 def keep_less(model: PreTrainedModel) -> None:
     """From now on RMS norms and gated MLPs of this model keep no more than their inputs for a backward pass.
 
-    What a module computes is looked at in its first call, on a few rows of its input: families write these in many
-    ways, and some mean something else by them (Gemma's norm adds 1 to its weight, and its gate is a GELU).
+    Families copy these from one another word for word, so what is Llama's (or, with gate and up in one layer, Phi-3's)
+    is known by its source, and runs as `ctp_kernels.elementwise` does it. Other RMS norms, such as Gemma's, are made a
+    second time on the way back.
     """
     for module in model.modules():
-        if isinstance(module.forward, _Checked):
-            continue
-        if _is_rms_norm(module):
-            own = module.forward
-            module.forward = _Checked(own, partial(_norm, module), partial(made_again, own))
-        elif _is_gated_mlp(module):
-            module.forward = _Checked(module.forward, partial(_silu_mlp, module), partial(_gated_mlp, module))
+        way = _way(module)
+        if way is not None and "forward" not in vars(module):
+            module.forward = _Leaner(module, way)
 
 
-class _Checked:
-    """A module's forward: the first of several ways that, on a first try, agrees with its own."""
+class _Leaner:
+    """A module's forward. It holds the module weakly, so that the model goes when nobody else needs it."""
 
-    def __init__(self, own: Callable[..., Tensor], *ways: Callable[[Tensor], Tensor]) -> None:
-        self._own, self._ways = own, ways
-        self._chosen: Callable[[Tensor], Tensor] | None = None
+    def __init__(self, module: nn.Module, way: Callable[[Any, Tensor], Tensor]) -> None:
+        self._module, self.way = weakref.ref(module), way
 
     def __call__(self, *inputs: Any, **options: Any) -> Tensor:
-        if len(inputs) != 1 or options or torch.is_autocast_enabled(inputs[0].device.type):
-            return self._own(*inputs, **options)
-        (x,) = inputs
-        if self._chosen is None:
-            if not x.numel():
-                return self._own(x)
-            self._chosen = next((way for way in self._ways if self._agrees(way, x)), self._own)
-        return self._chosen(x)
-
-    @torch.no_grad()
-    def _agrees(self, way: Callable[[Tensor], Tensor], x: Tensor) -> bool:
-        few_ND = x.detach().flatten(0, -2)[:_PROBED_ROWS]
-        own, found = self._own(few_ND), way(few_ND)
-        tolerance = _TOLERANCES.get(x.dtype, 0.0)
-        return own.dtype == found.dtype and float((own - found).float().norm()) <= tolerance * float(own.float().norm())
+        module = self._module()
+        assert module is not None
+        if len(inputs) != 1 or options:
+            made: Tensor = type(module).forward(module, *inputs, **options)
+            return made
+        return self.way(module, inputs[0])
 
 
-def _is_rms_norm(module: nn.Module) -> bool:
-    weight = getattr(module, "weight", None)
-    named = type(module).__name__.endswith("RMSNorm") and isinstance(_epsilon(module), float)
-    return named and isinstance(weight, Tensor) and weight.dim() == 1 and not weight.requires_grad
+def _way(module: nn.Module) -> Callable[[Any, Tensor], Tensor] | None:
+    if type(module).__name__.endswith("RMSNorm") and not any(p.requires_grad for p in module.parameters()):
+        return _norm if _source(type(module)) == _source(LlamaRMSNorm) else _other_norm
+    source = _source(type(module)) if isinstance(getattr(module, "down_proj", None), nn.Module) else ""
+    if source and source == _source(LlamaMLP):
+        return _mlp
+    return _joint_mlp if source and source == _source(Phi3MLP) else None
 
 
-def _epsilon(module: nn.Module) -> Any:
-    return getattr(module, "variance_epsilon", getattr(module, "eps", None))
+@functools.cache
+def _source(kind: Any) -> str:
+    """What forward does, without its signature and spaces; empty where the source is not at hand."""
+    try:
+        return re.sub(r"\s", "", inspect.getsource(kind.forward).split(":\n", 1)[1])
+    except (OSError, TypeError, IndexError):
+        return ""
 
 
-def _norm(module: nn.Module, x: Tensor) -> Tensor:
-    assert isinstance(module.weight, Tensor)
-    return rms_norm(x, module.weight, _epsilon(module))
+def _norm(module: Any, x: Tensor) -> Tensor:
+    return rms_norm(x, module.weight, module.variance_epsilon)
 
 
-def _is_gated_mlp(module: nn.Module) -> bool:
-    parts = (getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj", "act_fn"))
-    return all(isinstance(part, nn.Module) for part in parts)
+def _other_norm(module: Any, x: Tensor) -> Tensor:
+    return made_again(functools.partial(type(module).forward, module), x)
 
 
-def _silu_mlp(module: Any, x: Tensor) -> Tensor:
-    made: Tensor = module.down_proj(gated_silu(module.gate_proj(x), module.up_proj(x)))
+def _mlp(module: Any, x: Tensor) -> Tensor:
+    made: Tensor = module.down_proj(_gated(module.act_fn, module.gate_proj(x), module.up_proj(x)))
     return made
 
 
-def _gated_mlp(module: Any, x: Tensor) -> Tensor:
-    product = made_again(lambda gate, up: module.act_fn(gate) * up, module.gate_proj(x), module.up_proj(x))
-    made: Tensor = module.down_proj(product)
+def _joint_mlp(module: Any, x: Tensor) -> Tensor:
+    made: Tensor = module.down_proj(_gated(module.activation_fn, *module.gate_up_proj(x).chunk(2, dim=-1)))
     return made
+
+
+def _gated(activation: nn.Module, gate: Tensor, up: Tensor) -> Tensor:
+    if _is_silu(activation):
+        return gated_silu(gate, up)
+    return made_again(lambda gate, up: activation(gate) * up, gate, up)
+
+
+@functools.cache
+def _is_silu(activation: nn.Module) -> bool:
+    at = torch.linspace(-20, 20, 401)
+    return not list(activation.parameters()) and torch.equal(activation(at), functional.silu(at))

@@ -63,8 +63,9 @@ class SoftPromptLoss(PromptedLoss):
     """The prompt is rows (P, D) float32 among the input embeddings.
 
     On the CPU its keys and values, which are the same for every sequence of a batch, are computed once, and gradients
-    flow back through them. Elsewhere it stands before every sequence: launching kernels twice, and attention behind a
-    prefix, would cost more than these few rows. With `bos_id` that token stands before the rows, and is not learned.
+    flow back through them. Elsewhere it stands before every sequence unless it is longer than these: launching kernels
+    twice, and attention behind a prefix, would cost more than its rows. With `bos_id` that token stands before the
+    rows, and is not learned.
     """
 
     def __init__(self, models: Sequence[Frozen], start: Tensor, *, bos_id: int | None = None) -> None:
@@ -73,7 +74,8 @@ class SoftPromptLoss(PromptedLoss):
 
     def _loss(self, model: PreTrainedModel, ids_BT: Tensor, which: int, soft: SoftTargets | None) -> Tensor:
         rows_PD = behind_bos(self.prompt, model, self._bos_id)
-        way = self._behind_prefix if model.device.type == "cpu" else self._in_front
+        in_front = model.device.type != "cpu" and len(rows_PD) <= ids_BT.shape[1]
+        way = self._in_front if in_front else self._behind_prefix
         return way(rows_PD, model, ids_BT, which, soft)
 
     def _in_front(

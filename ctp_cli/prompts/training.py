@@ -53,6 +53,9 @@ class LearningSettings:
     seed: int
 
 
+_TENSORS = ("prompt", "best", "moments", "position")
+
+
 @dataclass
 class Progressing:
     """Everything the rest of the run depends on, so that it can stop anywhere and go on to the same bits."""
@@ -77,6 +80,8 @@ class Progressing:
     """AdamW's state of the prompt"""
     position: dict[str, Tensor] = field(default_factory=dict)
     """Of the text's batches."""
+    loss_scale: dict[str, float] = field(default_factory=dict)
+    """Of gradients in float16: the state of torch's GradScaler."""
 
     def save(self, path: Path) -> None:
         """One file, whole or absent: tensors in the body, numbers in the header."""
@@ -86,7 +91,7 @@ class Progressing:
             **{f"adamw.{k}": v for k, v in self.moments.items()},
             **{f"text.{k}": v for k, v in self.position.items()},
         }
-        numbers = {key: value for key, value in asdict(self).items() if not isinstance(value, Tensor | dict)}
+        numbers = {key: value for key, value in asdict(self).items() if key not in _TENSORS}
         with whole_file(path) as beside:
             save_file(
                 {k: v.detach().cpu().contiguous() for k, v in tensors.items()},
@@ -247,6 +252,8 @@ class _Loop:
         )
         # once: accelerate undoes the scaling of float16 gradients for every optimizer that it was given
         self.optimizer = self.accelerator.prepare(self._raw_optimizer)
+        if accelerator.scaler is not None:
+            state.loss_scale = state.loss_scale or accelerator.scaler.state_dict()
         self._start_from_state()
         self._step_seconds: list[float] = []
 
@@ -259,6 +266,8 @@ class _Loop:
                 name: tensor.clone() if name == "step" else tensor.clone().to(self.prompt.device)
                 for name, tensor in self.state.moments.items()
             }
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(self.state.loss_scale)
 
     def step(self) -> float:
         started = time.perf_counter()
@@ -344,6 +353,8 @@ class _Loop:
         self.state.prompt = self.prompt.detach().cpu().clone()
         moments: dict[str, Any] = self._raw_optimizer.state[self.prompt]
         self.state.moments = {name: torch.as_tensor(value).detach().cpu().clone() for name, value in moments.items()}
+        if self.accelerator.scaler is not None:
+            self.state.loss_scale = self.accelerator.scaler.state_dict()
 
     def tokens_per_second(self) -> float:
         if not self._step_seconds:

@@ -1,8 +1,8 @@
 """The inner loop of GPTQ and SparseGPT over one block of inputs, and what grids would cost there.
 
 On a CPU with AVX2 and a C++ compiler loops are compiled, threads taking outputs: results are the same on any number of
-threads. On a GPU with triton they are kernels, a launch for every 64 inputs; without it, every input takes some ten
-launches. Results of one way differ from another's by rounding.
+threads. On a GPU with triton they are kernels, two launches for every 64 inputs (or a group, if that is less);
+without it, every input takes some ten. Results of one way differ from another's by rounding.
 
 C=inputs of the block O=outputs G=grids K=candidate grids
 """
@@ -233,7 +233,7 @@ def _kernels(x: Tensor) -> Any:
         return None
     from ctp_kernels.triton import columns
 
-    return columns if columns.usable(x) else None
+    return columns if columns.usable(x.device) else None
 
 
 def _library() -> ctypes.CDLL | None:

@@ -104,8 +104,8 @@ def compile_dequantize(weight: PackedWeight, target: str, *, dtype: torch.dtype 
     return _compile(dequantize, {"dense": dense, **operands(weight)}, fixed, target, options(4, 1))
 
 
-def compile_columns(target: str) -> dict[str, Compiled]:
-    """The solver's kernels, by name, with everything they can be asked for."""
+def compile_columns(target: str, *, without: tuple[str, ...] = ()) -> dict[str, Compiled]:
+    """The solver's kernels, by name, with everything they can be asked for but the tensors named in `without`."""
     from ctp_kernels.triton import columns, spans
 
     real, byte, index = (
@@ -113,10 +113,12 @@ def compile_columns(target: str) -> dict[str, Compiled]:
     )
     tensors = {name: real for name in ("W", "w", "U", "H", "errors", "residual", "changes", "scales", "zeros")}
     tensors |= {"keep": byte, "codes": byte, "group_of": index}
+    fewer = {name: None if name in without else x for name, x in tensors.items()}
+    some = tensors | {"keep": fewer["keep"]}
     tile = {"C": columns.SPAN, "O": columns.OUTPUTS}
     return {
-        "take_span": _compile(spans.take_span, tensors, tile, target, options(1, 1)),
-        "improve_span": _compile(spans.improve_span, tensors, tile, target, options(1, 1)),
+        "take_span": _compile(spans.take_span, fewer, tile, target, options(1, 1)),
+        "improve_span": _compile(spans.improve_span, some, tile, target, options(1, 1)),
         "round_all": _compile(spans.round_all, tensors, {"O": columns.CANDIDATE_OUTPUTS}, target, options(4, 1)),
     }
 

@@ -3,6 +3,9 @@
 C=inputs of a block O=outputs K=candidate grids G=grids
 """
 
+import functools
+import logging
+
 import torch
 import triton
 from torch import Tensor
@@ -10,9 +13,12 @@ from torch import Tensor
 from ctp_kernels.triton import spans
 from ctp_kernels.triton.ops import interpreted, options
 
+log = logging.getLogger(__name__)
+
 SPAN = 64
 OUTPUTS = 16
-"""Of a program, which is one warp: the tile takes 32 registers of each thread."""
+"""Of a program, which is one warp, or a code could be read after it was written: the tile takes 32 registers of each
+thread."""
 CANDIDATE_OUTPUTS = 128
 
 
@@ -81,8 +87,24 @@ def rounding_errors(w_CO: Tensor, scales_KO: Tensor, zeros_KO: Tensor, max_code:
     return errors_KO
 
 
-def usable(x: Tensor) -> bool:
-    """Whether kernels can run where x is: of NVIDIA's GPUs, those with compute capability 7.5 or later."""
-    if x.device.type != "cuda":
-        return interpreted()
-    return bool(torch.version.hip) or torch.cuda.get_device_capability(x.device) >= (7, 5)
+def usable(device: torch.device) -> bool:
+    """Whether kernels run there: NVIDIA's GPUs from compute capability 8.0 on, where Triton can build what it needs.
+
+    That takes a C compiler, which images for serving leave out.
+    """
+    return _usable(device) if device.type == "cuda" else interpreted()
+
+
+@functools.cache
+def _usable(device: torch.device) -> bool:
+    if not torch.version.hip and torch.cuda.get_device_capability(device) < (8, 0):
+        return False
+    one = torch.ones(1, 1, device=device)
+    try:
+        rounding_errors(one, one, one, 1)
+    except Exception as error:  # Triton's, its compilers' and the driver's have nothing else in common
+        log.info(
+            "the solver's loops run as PyTorch operations, since Triton's kernels cannot be built here (%s)", error
+        )
+        return False
+    return True

@@ -1,16 +1,24 @@
 """Products and attention that take another way on this processor are the same products and attention."""
 
 import os
+from contextlib import nullcontext
 
 import pytest
 import torch
 from ctp_kernels import arithmetic
+from ctp_kernels.attention import prefix_attention
 from ctp_kernels.prefix import cache_keyword
 from torch import nn
 from torch.nn import functional
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 CPU = torch.device("cpu")
+
+
+def test_elsewhere_pytorch_is_left_alone_but_for_attention_behind_a_prefix() -> None:
+    gpu = torch.device("cuda")
+    assert isinstance(arithmetic.fast_arithmetic(gpu), nullcontext)
+    assert isinstance(arithmetic.fast_arithmetic(gpu, behind_prefix=True), prefix_attention)
 
 
 @pytest.fixture
@@ -90,9 +98,6 @@ def test_a_layers_output_and_gradients_are_those_of_float64(
     for ours, theirs in zip(given, exact, strict=True):
         assert ours.grad.dtype == dtype and ours.grad.shape == ours.shape
         assert (ours.grad.double() - theirs.grad).norm() <= epsilon * theirs.grad.norm()
-
-
-CPU = torch.device("cpu")
 
 
 def test_products_are_made_in_float32_where_16_bits_are_slow_and_nowhere_else(has_products: bool) -> None:

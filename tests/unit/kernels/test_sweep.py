@@ -10,7 +10,7 @@ from ctp_kernels import sweep
 from ctp_kernels.sweep import Grids, improve_codes, rounding_errors, sweep_columns
 from ctp_kernels.triton import ops
 
-WAYS = ("compiled", "kernels", "plain")
+WAYS = ("compiled", "as_triton", "plain")
 
 
 @pytest.fixture(params=WAYS)

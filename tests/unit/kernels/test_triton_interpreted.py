@@ -67,7 +67,7 @@ def test_scattered_groups(found: Found) -> None:
 
 def test_the_solvers_loops() -> None:
     """test_sweep.py, whose tests of kernels are skipped without a GPU in a process that does not interpret them."""
-    some = "kernels and (130 or errors or (150 and best))"
+    some = "as_triton and (130 or errors or (150 and best))"
     command = [sys.executable, "-m", "pytest", "-q", str(Path(__file__).parent / "test_sweep.py"), "-k", some]
     done = subprocess.run(
         command, capture_output=True, text=True, check=False, env={**os.environ, "TRITON_INTERPRET": "1"}

@@ -1,17 +1,25 @@
 """Gradient checkpointing: the same loss and gradient from the activations of one block at a time."""
 
+import functools
 from pathlib import Path
 
 import pytest
 import torch
+from ctp_kernels.arithmetic import fast_arithmetic
 from tiny_models import tiny_model
 from torch import Tensor
 
+from ctp_cli.models import head
 from ctp_cli.models.loading import load_model
 from ctp_cli.models.sharding import Frozen
+from ctp_cli.prompts import checkpointing
 from ctp_cli.prompts.checkpointing import checkpoint_blocks
 from ctp_cli.prompts.losses import KvPrefixLoss, PromptedLoss, SoftPromptLoss
 from ctp_cli.prompts.prefix import rows_prefix
+
+
+def fast_arithmetic_of(device: torch.device, _: torch.device, *, behind_prefix: bool = False) -> object:
+    return fast_arithmetic(device, behind_prefix=behind_prefix)
 
 
 def start_of(method: type[PromptedLoss], rows_PD: Tensor, path: Path) -> Tensor:
@@ -37,9 +45,14 @@ def loss_gradient_and_kept(module: PromptedLoss, ids: Tensor) -> tuple[Tensor, T
 
 @pytest.mark.parametrize("method", [SoftPromptLoss, KvPrefixLoss])
 @pytest.mark.parametrize("family", ["llama_tied_gqa", "opt350", "gpt2", "gpt_neox", "bloom", "gemma", "mistral", "phi"])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_loss_and_gradient_are_the_same_and_less_is_kept(
-    family: str, method: type[PromptedLoss], tmp_path: Path
+    family: str, method: type[PromptedLoss], device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if device == "cuda":  # the ways of GPUs, taken here
+        for module in (head, checkpointing):
+            monkeypatch.setattr(module, "fast_arithmetic", functools.partial(fast_arithmetic_of, torch.device("cuda")))
+        monkeypatch.setattr(SoftPromptLoss, "_behind_prefix", SoftPromptLoss._in_front)
     path = tiny_model(family, tmp_path / family)
     ids = torch.randint(5, 300, (2, 40), generator=torch.Generator().manual_seed(0))
     width = load_model(path).get_input_embeddings().weight.shape[1]

@@ -27,6 +27,7 @@ from ctp_cli.prompts.losses import SoftPromptLoss
 from ctp_cli.prompts.prefix import prefix_of
 from ctp_cli.prompts.training import learning_rate_at
 from ctp_cli.recipe import CompressSection, StitchSection
+from ctp_cli.stages import learn as learn_stage
 from ctp_cli.stages.compress import compress
 from ctp_cli.stages.learn import LearnReport
 from ctp_cli.stages.stitch import stitch
@@ -108,6 +109,35 @@ def test_interrupted_learning_gives_the_same_bits(stop: int, method: str, compre
     assert resumed.prompt_file.read_bytes() == whole.prompt_file.read_bytes()
     assert resumed.history == whole.history
     assert not (tmp_path / "cut.partial").exists()
+
+
+def test_the_scale_of_float16_gradients_survives_an_interruption(
+    compressed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU in float16, with a scale that grows every three steps."""
+    real, scales = learn_stage.Accelerator, []
+
+    def scaling(*given: Any, **options: Any) -> Any:
+        accelerator = real(*given, **options)
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=3)
+        return accelerator
+
+    update = training._Loop._update
+
+    def watched(loop: Any, *rest: Any) -> float:
+        scales.append(loop.accelerator.scaler.get_scale())
+        return update(loop, *rest)
+
+    monkeypatch.setattr(learn_stage, "Accelerator", scaling)
+    monkeypatch.setattr(training._Loop, "_update", watched)
+    whole = run(compressed, tmp_path / "whole")
+    assert scales[::3] == [4.0, 8.0, 16.0, 32.0]
+    with pytest.raises(KeyboardInterrupt):
+        run(compressed, tmp_path / "cut", StopAfter(5))
+    before, scales[:] = scales[:], []
+    resumed = run(compressed, tmp_path / "cut")
+    assert scales == before[12 - len(scales) : 12]
+    assert resumed.prompt_file.read_bytes() == whole.prompt_file.read_bytes()
 
 
 def test_other_settings_do_not_go_on_from_unfinished_work(compressed: Path, tmp_path: Path) -> None:
