@@ -45,9 +45,10 @@ class _Leaner:
 
 
 def _way(module: nn.Module) -> Callable[[Any, Tensor], Tensor] | None:
-    if type(module).__name__.endswith("RMSNorm") and not any(p.requires_grad for p in module.parameters()):
-        return _norm if _source(type(module)) == _source(LlamaRMSNorm) else _other_norm
-    source = _source(type(module)) if isinstance(getattr(module, "down_proj", None), nn.Module) else ""
+    kind: Any = type(module)
+    if kind.__name__.endswith("RMSNorm") and not any(p.requires_grad for p in module.parameters()):
+        return _norm if _source(kind) == _source(LlamaRMSNorm) else _other_norm
+    source = _source(kind) if isinstance(getattr(module, "down_proj", None), nn.Module) else ""
     if source and source == _source(LlamaMLP):
         return _mlp
     return _joint_mlp if source and source == _source(Phi3MLP) else None
