@@ -59,7 +59,7 @@ class CausalMasks:
         queries, keys = query.shape[-2], key.shape[-2]
         mask: Tensor | None = options.get("attn_mask")
         if mask is None:
-            return queries == (keys if options.get("is_causal") else 1)
+            return bool(options.get("is_causal")) and queries == keys
         if mask.shape[-2:] != (queries, keys) or keys < queries:
             return False
         if self._last is None or self._last[0]() is not mask:
