@@ -74,19 +74,7 @@ def sweep_columns(
         return
     kernels = _kernels(W_CO)
     if kernels is not None:
-        of_one = grids is None or len(grids.scales_GO) == 1
-        kernels.sweep_columns(
-            W_CO,
-            U_CC,
-            errors_CO,
-            columns,
-            scales_GO=None if grids is None else grids.scales_GO,
-            zeros_GO=None if grids is None else grids.zeros_GO,
-            group_of_C=None if grids is None or of_one else grids.group_of_C.to(W_CO.device),
-            max_code=0 if grids is None else grids.max_code,
-            keep_CO=keep_CO,
-            codes_CO=codes_CO,
-        )
+        kernels.sweep_columns(W_CO, U_CC, errors_CO, columns, grids=grids, keep_CO=keep_CO, codes_CO=codes_CO)
         return
     with _one_thread():
         _sweep(W_CO, U_CC, errors_CO, columns, grids=grids, keep_CO=keep_CO, codes_CO=codes_CO)

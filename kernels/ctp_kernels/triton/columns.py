@@ -10,6 +10,7 @@ import torch
 import triton
 from torch import Tensor
 
+from ctp_kernels.sweep import Grids
 from ctp_kernels.triton import spans
 from ctp_kernels.triton.ops import interpreted, options
 
@@ -28,15 +29,16 @@ def sweep_columns(
     errors_CO: Tensor,
     columns: range,
     *,
-    scales_GO: Tensor | None,
-    zeros_GO: Tensor | None,
-    group_of_C: Tensor | None,
-    max_code: int,
+    grids: Grids | None,
     keep_CO: Tensor | None,
     codes_CO: Tensor | None,
 ) -> None:
-    """As `ctp_kernels.sweep.sweep_columns`; group_of_C is None where there is one grid."""
+    """As `ctp_kernels.sweep.sweep_columns`."""
     outputs = W_CO.shape[1]
+    scales_GO, zeros_GO, group_of_C, max_code = None, None, None, 0
+    if grids is not None:
+        scales_GO, zeros_GO, max_code = grids.scales_GO, grids.zeros_GO, grids.max_code
+        group_of_C = grids.group_of_C.to(W_CO.device) if len(scales_GO) > 1 else None
     for first in columns[::SPAN]:
         last = min(first + SPAN, columns.stop)
         with torch.cuda.device_of(W_CO):

@@ -148,3 +148,15 @@ def test_each_code_becomes_the_best_while_others_stay(inputs: int, sweeps: int, 
                 other[:, i] = code
                 worse = loss(other) >= loss(codes) * (1 - 1e-4)
                 assert (worse if keep is None else worse | ~keep[:, i]).all()
+
+
+@pytest.mark.skipif(not ops.available() or ops.interpreted(), reason="needs triton, which compiles here")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="here kernels can run")
+def test_where_triton_cannot_run_loops_are_pytorchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU as far as PyTorch can tell; what Triton needs to launch something is missing."""
+    from ctp_kernels.triton import columns
+
+    one = torch.ones(1, 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(columns.torch, "ones", lambda *_, **__: one)
+    assert not columns._usable.__wrapped__(torch.device("cuda"))
