@@ -4,6 +4,7 @@ B=batch H=heads K=key-value heads T=queries S=keys D=width of a head
 """
 
 import ctypes
+import functools
 import weakref
 from dataclasses import dataclass
 from typing import Any
@@ -59,7 +60,7 @@ class CausalMasks:
         queries, keys = query.shape[-2], key.shape[-2]
         mask: Tensor | None = options.get("attn_mask")
         if mask is None:
-            return bool(options.get("is_causal")) and queries == keys
+            return queries == 1 or (bool(options.get("is_causal")) and queries == keys)
         if mask.shape[-2:] != (queries, keys) or keys < queries:
             return False
         if self._last is None or self._last[0]() is not mask:
@@ -147,6 +148,7 @@ class _Kernel:
     """What the width of a head has to be a multiple of."""
 
 
+@functools.cache
 def _kernel(dtype: torch.dtype) -> _Kernel | None:
     """This processor's, None where it has none."""
     name, levels = _LIBRARIES.get(dtype, ("", ()))

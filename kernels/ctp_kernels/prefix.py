@@ -12,6 +12,7 @@ positions alike. A mask, where one is needed for padding, covers prompt and text
 # P=prompt_tokens D=embedding_width B=batch T=tokens V=vocabulary H=heads C=head_width
 import copy
 import inspect
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -45,7 +46,7 @@ def key_values_of(cache: Cache) -> Tensor:
     """
     layers: list[Any] = list(cache.layers)
     for layer in layers:
-        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) or not layer.is_initialized:
+        if type(layer) not in _ORDINARY or not layer.is_initialized:
             raise ValueError(f"a layer of kind {type(layer).__name__} has no keys and values of its own")
     shapes = {tensor.shape for layer in layers for tensor in (layer.keys, layer.values)}
     if len(shapes) != 1 or next(iter(shapes))[2] != cache.get_seq_length():
@@ -85,9 +86,9 @@ def fresh_copy(cache: Cache, batch_size: int) -> Cache:
     """A cache of `batch_size` equal entries that starts where `cache` stands and may be grown freely.
 
     Shapes: per layer, keys and values (1, H, P, C) become (batch_size, H, P, C).
-    Costs nothing for ordinary attention layers: they grow by concatenation into new tensors and never write
-    into the old ones, so the copy looks at the same memory. Layers of other kinds (recurrent states) are
-    copied in full.
+    Costs nothing for ordinary attention layers: the copy looks at the same memory, into which nobody writes. Its layers
+    become `GrowingLayer`, so that generating from it copies less than from the cache that a model makes. Layers of
+    other kinds (recurrent states) are copied in full.
     Raises: ValueError if `cache` does not have batch size 1.
     """
     copied = copy.copy(cache)
@@ -112,13 +113,74 @@ def check_width(model: Any, prompt_embeddings: Tensor) -> Tensor:
     return table
 
 
+@dataclass
+class _Room:
+    """Keys and values (B, H, N, C) of more tokens than there are."""
+
+    keys: Tensor
+    values: Tensor
+    held_by: Tensor | None = None
+    """The keys of the layer that appended last: the room behind them is free, that behind any others is not."""
+
+
+class GrowingLayer(DynamicLayer):
+    """A layer that takes a few more tokens without copying those it has.
+
+    transformers joins all keys and values to new tensors for every token. Here they lie in tensors an eighth longer,
+    which are replaced when they are full. With gradients, or for many tokens, it does as transformers does.
+    """
+
+    _room: _Room | None = None
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        new, keys, values = (key_states, value_states), self.keys, self.values
+        before, added = self.get_seq_length(), key_states.shape[-2]
+        if keys is None or values is None or before < added * _FEW or not _alike(keys, values, *new):
+            joined: tuple[Tensor, Tensor] = super().update(*new, *args, **kwargs)
+            return joined
+        room = self._room
+        if room is None or room.held_by is not keys or room.keys.shape[-2] < before + added or _read_only(room):
+            longer = before + added + before // _FEW
+            room = self._room = _Room(_longer(keys, longer), _longer(values, longer))
+        for kept, states in zip((room.keys, room.values), new, strict=True):
+            kept[:, :, before : before + added] = states
+        self.keys, self.values = (x[:, :, : before + added] for x in (room.keys, room.values))
+        room.held_by = self.keys
+        return self.keys, self.values
+
+
+_FEW = 8
+"""Tokens are kept in place where this many are there, or more, for each that is added."""
+
+_ORDINARY = (DynamicLayer, GrowingLayer, DynamicSlidingWindowLayer)
+"""Layers that hold keys and values alone."""
+
+
+def _alike(*tensors: Tensor) -> bool:
+    """Whether they are of one type and nobody wants their gradients."""
+    wanted = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    return not wanted and len({x.dtype for x in tensors}) == 1
+
+
+def _read_only(room: _Room) -> bool:
+    return room.keys.is_inference() and not torch.is_inference_mode_enabled()
+
+
+def _longer(x: Tensor, tokens: int) -> Tensor:
+    made = x.new_empty(*x.shape[:2], tokens, x.shape[3])
+    made[:, :, : x.shape[2]] = x
+    return made
+
+
 def _copy_layer(layer: Any, batch_size: int) -> Any:
-    if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+    if type(layer) not in _ORDINARY:
         copied = copy.deepcopy(layer)
         if batch_size > 1:
             copied.batch_repeat_interleave(batch_size)
         return copied
     copied = copy.copy(layer)
+    if type(layer) is DynamicLayer:
+        copied.__class__ = GrowingLayer
     if layer.is_initialized:  # a layer that shares another one's keys and values never is
         if layer.keys.shape[0] != 1:
             raise ValueError(f"the prefix has batch size {layer.keys.shape[0]}, expected 1")

@@ -31,10 +31,12 @@ inline Lanes load(const float* from) {
   return x;
 }
 inline void store(float* to, Lanes x) { std::memcpy(to, &x, sizeof x); }
-inline float sum(Lanes x) {
-  float total = 0;
-  for (int64_t i = 0; i < kLanes; ++i) total += x[i];
-  return total;
+inline float sum(const Lanes& x) {
+  float parts[kLanes];
+  std::memcpy(parts, &x, sizeof x);
+  for (int64_t half = kLanes / 2; half; half /= 2)
+    for (int64_t i = 0; i < half; ++i) parts[i] += parts[half + i];
+  return parts[0];
 }
 
 // of numbers that are at most about 0; NaN stays NaN
@@ -98,19 +100,46 @@ struct Rows {
 class Forward {
  public:
   Forward(const Attention& a, float* out, float* logs)
-      : a_(a), out_(out), logs_(logs), keys_(a.padded() * a.width), scores_(kRows * a.padded()) {}
+      : a_(a),
+        few_(a.queries < kRows && !logs),
+        out_(out),
+        logs_(logs),
+        keys_(few_ ? 0 : a.padded() * a.width),
+        scores_(kRows * a.padded()) {}
 
   void head(int64_t b, int64_t h) {
-    const float* k = a_.k.head(b, h / a_.group());
+    const float *k = a_.k.head(b, h / a_.group()), *v = a_.v.head(b, h / a_.group());
+    float* out = out_ + (b * a_.queries * a_.heads + h) * a_.width;
+    if (few_) {
+      for (int64_t t = 0; t < a_.queries; ++t)
+        row(a_.q.head(b, h) + t * a_.q.row(), k, v, out + t * a_.heads * a_.width, a_.seen(t));
+      return;
+    }
     if (k != laid_out_) by_dimensions(k, a_.k.row(), a_.keys, a_.width, keys_);
     laid_out_ = k;
-    float* out = out_ + (b * a_.queries * a_.heads + h) * a_.width;
     float* logs = logs_ ? logs_ + (b * a_.heads + h) * a_.queries : nullptr;
-    for (int64_t first = 0; first < a_.queries; first += kRows)
-      rows(a_.q.head(b, h), a_.v.head(b, h / a_.group()), out, logs, first);
+    for (int64_t first = 0; first < a_.queries; first += kRows) rows(a_.q.head(b, h), v, out, logs, first);
   }
 
  private:
+  // one query, with the keys as they lie: laying them out would take longer
+  void row(const float* q, const float* k, const float* v, float* out, int64_t seen) {
+    const int64_t D = a_.width;
+    for (int64_t s = 0; s < seen; ++s) {
+      const float* key = k + s * a_.k.row();
+      Lanes products{};
+      for (int64_t d = 0; d < D; d += kLanes) products += load(q + d) * load(key + d);
+      scores_[s] = a_.scale * sum(products);
+    }
+    const float total = softmax(0, seen, seen, nullptr);
+    for (int64_t d = 0; d < D; d += kTile) {
+      Lanes sums[kVectors]{};
+      for (int64_t s = 0; s < seen; ++s)
+        for (int c = 0; c < kVectors; ++c) sums[c] += scores_[s] * load(v + s * a_.v.row() + d + kLanes * c);
+      for (int c = 0; c < kVectors; ++c) store(out + d + kLanes * c, sums[c] / total);
+    }
+  }
+
   void rows(const float* q, const float* v, float* out, float* logs, int64_t first) {
     const int64_t count = std::min(kRows, a_.queries - first), padded = a_.padded(), D = a_.width;
     const int64_t seen = a_.seen(first + count - 1);
@@ -157,6 +186,7 @@ class Forward {
   }
 
   const Attention& a_;
+  const bool few_;  // of which no gradients are wanted: those take the scores as they are when laid out
   float* out_;   // (B, T, H, D), contiguous
   float* logs_;  // (B, H, T), contiguous: of the sum of exponentials; or null
   const float* laid_out_ = nullptr;  // keys that the last head used

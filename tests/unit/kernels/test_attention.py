@@ -30,7 +30,10 @@ def mask(tokens: int, prefix: int) -> torch.Tensor:
     return torch.ones(tokens, prefix + tokens, dtype=torch.bool).tril(prefix)
 
 
-@pytest.mark.parametrize(("tokens", "prefix"), [(1, 0), (3, 0), (64, 0), (65, 0), (130, 0), (1, 7), (60, 9), (33, 100)])
+@pytest.mark.parametrize(
+    ("tokens", "prefix"),
+    [(1, 0), (3, 0), (64, 0), (65, 0), (130, 0), (1, 7), (1, 130), (2, 63), (5, 64), (60, 9), (33, 100)],
+)
 @pytest.mark.parametrize(("heads", "key_heads"), [(3, 3), (6, 2)])
 @pytest.mark.parametrize("width", [64, 128])
 def test_every_query_attends_to_the_keys_up_to_it(
@@ -95,7 +98,7 @@ def test_weights_far_below_the_largest_vanish_and_nan_stays_nan(dtype: torch.dty
     assert ours[0, 0, 2, :3].isnan().all() and not ours[0, 0, :2].isnan().any()
 
 
-@pytest.mark.parametrize("queries", [1, 47, 48, 97])
+@pytest.mark.parametrize("queries", [1, 2, 47, 48, 97])
 def test_nothing_is_read_or_written_beyond_the_tensors(queries: int, dtype: torch.dtype) -> None:
     """Rows between those of a head belong to others; what lies there changes no result, and stays as it is."""
 
@@ -110,13 +113,14 @@ def test_nothing_is_read_or_written_beyond_the_tensors(queries: int, dtype: torc
         made = [within(count, heads, other) for count, heads in ((queries, 4), (queries + 5, 2), (queries + 5, 2))]
         before = [whole.clone() for whole, _ in made]
         given = [inner.detach().requires_grad_() for _, inner in made]
+        without_gradients = causal_attention(*(inner for _, inner in made), 0.2)
         ours = causal_attention(*given, 0.2)
-        assert ours is not None
+        assert ours is not None and without_gradients is not None
         ours.float().square().sum().backward()
         assert all(
             torch.equal(whole.nan_to_num(), was.nan_to_num()) for (whole, _), was in zip(made, before, strict=True)
         )
-        results.append([ours, *(x.grad for x in given)])
+        results.append([without_gradients, ours, *(x.grad for x in given)])
     assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
 
 
@@ -142,3 +146,4 @@ def test_a_masks_answer_is_remembered_for_this_mask_alone(dtype: torch.dtype) ->
         assert is_causal(q, k, {"attn_mask": causal}) and is_causal(q, k, {"attn_mask": causal})
     assert not is_causal(q, k, {"is_causal": True}) and is_causal(k, k, {"is_causal": True})
     assert not is_causal(k, k, {}) and not is_causal(k, q, {"attn_mask": causal.T})
+    assert is_causal(q[:, :, :1], k, {}), "one query sees all keys"
