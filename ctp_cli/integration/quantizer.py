@@ -15,6 +15,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ctp_cli.checkpoints.packed import PackedSettings
 from ctp_cli.checkpoints.packed_linear import PackedLinear, prepare_layers
+from ctp_cli.integration import attention
 
 if not hasattr(HfQuantizer, "update_attn_implementation"):
     raise ImportError("format ctp in transformers needs transformers 5.24 or later")  # the hook that sees the config
@@ -49,7 +50,8 @@ class CtpQuantizer(HfQuantizer):
         return True
 
     def update_attn_implementation(self, config: Any) -> Any:
-        # the one moment at which a quantizer sees the config before files are looked for
+        # only here a quantizer sees what attention was asked for, and the config before files are looked for
+        self._may_choose_attention = config._attn_implementation is None
         folder = Path(config.name_or_path)
         if not (folder / "model.safetensors").is_file() and not (folder / "model.safetensors.index.json").is_file():
             config.transformers_weights = _INDEX
@@ -76,6 +78,8 @@ class CtpQuantizer(HfQuantizer):
         if hasattr(model.config, "transformers_weights"):
             del model.config.transformers_weights  # of how it was loaded; it would be saved with the model
         prepare_layers(model)
+        if self._may_choose_attention:
+            attention.use_in(model)
         return model
 
 

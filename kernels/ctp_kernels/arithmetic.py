@@ -73,29 +73,12 @@ class _OnCpu(TorchFunctionMode):
     def _attention(
         self, plain: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor, **options: Any
     ) -> Tensor:
-        """Attention on a CPU by our own kernel where it fits, of slow types in float32; results have their own dtype.
-
-        PyTorch's float32 attention computes what a causal mask hides, and forward and backward take about twice as long
-        as ours. With AVX-512 BF16, for heads of 64 or a multiple, our bfloat16 kernel takes a third of PyTorch's time,
-        with gradients less than half, for one query a sixth. Without AVX-512, 16-bit attention takes about 1.5 times as
-        long as float32.
-        """
-        if query.device.type != "cpu" or query.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        """By our own kernel where it fits, of slow types in float32; results have their own dtype."""
+        if query.device.type != "cpu" or query.dtype not in _KNOWN:
             return plain(query, key, value, **options)
-        tried = (
-            query.dtype == torch.float32
-            or is_slow(query)
-            or query.shape[-2] == 1  # keys and values are read once, where they lie
-            or "amx_bf16" not in cpu_features()
-        )
-        if tried and not options.get("dropout_p") and self._is_causal(query, key, options):
-            scale = options.get("scale")
-            scale = query.shape[-1] ** -0.5 if scale is None else scale
-            ours = causal_attention(query, key, value, scale)
-            if ours is None and is_slow(query):
-                ours = causal_attention(query.float(), key.float(), value.float(), scale)
-            if ours is not None:
-                return ours.to(query.dtype)
+        ours = fast_attention(query, key, value, options, self._is_causal)
+        if ours is not None:
+            return ours
         mask = options.get("attn_mask")
         if mask is not None and options.pop("enable_gqa", False):  # PyTorch has a fast way with one of them alone
             key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
@@ -104,6 +87,36 @@ class _OnCpu(TorchFunctionMode):
         if mask is not None and mask.is_floating_point():
             options["attn_mask"] = mask.float()
         return plain(query.float(), key.float(), value.float(), **options).to(query.dtype)
+
+
+_KNOWN = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def fast_attention(
+    query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any], is_causal: CausalMasks
+) -> Tensor | None:
+    """Attention on a CPU by our own kernel, None where PyTorch's is as fast or is the only one.
+
+    Shapes and options as `torch.nn.functional.scaled_dot_product_attention` has them; heads may share keys. Returns
+    (B, H, T, D) laid out as (B, T, H, D), in the query's dtype.
+    PyTorch's float32 attention computes what a causal mask hides, and forward and backward take about twice as long as
+    ours. With AVX-512 BF16, for heads of 64 or a multiple, our bfloat16 kernel takes a third of PyTorch's time, with
+    gradients less than half, for one query a sixth. Without AVX-512, 16-bit attention takes about 1.5 times as long as
+    float32.
+    """
+    if query.device.type != "cpu" or query.dtype not in _KNOWN or options.get("dropout_p"):
+        return None
+    slow = is_slow(query)
+    # of one query keys and values are read where they lie, once
+    tried = query.dtype == torch.float32 or slow or query.shape[-2] == 1 or "amx_bf16" not in cpu_features()
+    if not tried or not is_causal(query, key, options):
+        return None
+    scale = options.get("scale")
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    ours = causal_attention(query, key, value, scale)
+    if ours is None and slow:
+        ours = causal_attention(query.float(), key.float(), value.float(), scale)
+    return None if ours is None else ours.to(query.dtype)
 
 
 def wide(x: Tensor) -> Tensor:

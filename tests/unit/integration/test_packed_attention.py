@@ -1,0 +1,84 @@
+"""Attention of packed models on the CPU: whose it is, and that it is the same attention."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ctp_kernels import arithmetic, attention
+from tiny_models import VOCAB_SIZE, tiny_model
+from transformers import AutoModelForCausalLM
+
+import ctp_cli.integration  # noqa: F401 - registers the format
+from ctp_cli.models.resolve import resolve_model
+from ctp_cli.recipe import CompressSection
+from ctp_cli.stages.compress import compress
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("packed")
+    model = tiny_model("llama_tied_gqa", folder / "model", head_dim=64)  # as wide as the kernels need
+    (folder / "text.txt").write_text("One query reads its keys where they lie. " * 40)
+    section = CompressSection(
+        **{"bits": 4, "group_size": 32, "windows": 4, "seqlen": 32, "format": "ctp"},
+        calibration=str(folder / "text.txt"),
+    )
+    compress(section, model=resolve_model(str(model)), output=folder / "packed")
+    return folder / "packed"
+
+
+@pytest.fixture
+def taken(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many queries each product by our kernel had."""
+    made: list[int] = []
+
+    def counted(query: torch.Tensor, *given: Any) -> torch.Tensor | None:
+        ours = attention.causal_attention(query, *given)
+        if ours is not None:
+            made.append(query.shape[2])
+        return ours
+
+    monkeypatch.setattr(arithmetic, "causal_attention", counted)
+    return made
+
+
+def load(path: Path, **options: Any) -> Any:
+    return AutoModelForCausalLM.from_pretrained(path, **options).eval()
+
+
+def ids() -> torch.Tensor:
+    return torch.randint(3, VOCAB_SIZE, (2, 20), generator=torch.Generator().manual_seed(7))
+
+
+@torch.no_grad()
+def test_texts_and_their_next_tokens_go_through_our_kernel(packed: Path, taken: list[int]) -> None:
+    if attention._kernel(torch.float32) is None:
+        pytest.skip("this processor has no instructions for float32, or there is no C++ compiler")
+    ours, plain = load(packed), load(packed, attn_implementation="sdpa")
+    layers = ours.config.num_hidden_layers
+    wanted = plain.generate(ids(), max_new_tokens=4, do_sample=False)
+    assert not taken
+    assert torch.equal(ours.generate(ids(), max_new_tokens=4, do_sample=False), wanted)
+    assert taken == [20] * layers + [1] * 3 * layers
+    taken.clear()
+    torch.testing.assert_close(ours(ids()).logits, plain(ids()).logits, rtol=1e-5, atol=1e-5)
+    assert taken == [20] * layers
+
+
+@torch.no_grad()
+def test_padding_is_masked_as_pytorch_masks_it(packed: Path, taken: list[int]) -> None:
+    mask = torch.ones(2, 20, dtype=torch.long)
+    mask[1, :5] = 0
+    ours, plain = load(packed), load(packed, attn_implementation="sdpa")
+    made, wanted = (m.generate(ids(), attention_mask=mask, max_new_tokens=4, do_sample=False) for m in (ours, plain))
+    assert torch.equal(made, wanted) and not taken
+
+
+def test_what_was_asked_for_is_kept_and_none_is_saved(packed: Path, tmp_path: Path) -> None:
+    for asked in ("sdpa", "eager"):
+        assert load(packed, attn_implementation=asked).config._attn_implementation == asked
+    model = load(packed)
+    assert model.config._attn_implementation == "ctp"
+    model.save_pretrained(tmp_path)
+    assert "attn" not in (tmp_path / "config.json").read_text()
