@@ -15,7 +15,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ctp_cli.checkpoints.packed import PackedSettings
 from ctp_cli.checkpoints.packed_linear import PackedLinear, prepare_layers
-from ctp_cli.integration import attention
+from ctp_cli.integration.generation import make_fast
 
 if not hasattr(HfQuantizer, "update_attn_implementation"):
     raise ImportError("format ctp in transformers needs transformers 5.24 or later")  # the hook that sees the config
@@ -78,8 +78,7 @@ class CtpQuantizer(HfQuantizer):
         if hasattr(model.config, "transformers_weights"):
             del model.config.transformers_weights  # of how it was loaded; it would be saved with the model
         prepare_layers(model)
-        if self._may_choose_attention:
-            attention.use_in(model)
+        make_fast(model, attention=self._may_choose_attention)
         return model
 
 

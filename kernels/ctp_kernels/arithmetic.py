@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from ctp_kernels import one_row
 from ctp_kernels.attention import CausalMasks, causal_attention, prefix_attention
 from ctp_kernels.cpu.build import cpu_features
 
@@ -155,6 +156,9 @@ def _product(plain: Callable[..., Tensor], *operands: Any, **options: Any) -> Te
 
 
 def _linear(plain: Callable[..., Tensor], input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    of_one_row = one_row.linear(input, weight, bias)
+    if of_one_row is not None:
+        return of_one_row
     if not is_slow(input) or input.shape[:-1].numel() < _FEW_ROWS:
         return plain(input, weight, bias)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (input, weight, bias)):

@@ -1,15 +1,16 @@
-"""Attention of packed models on the CPU: whose it is, and that it is the same attention."""
+"""How packed models generate on the CPU: whose attention and whose dense products it is, and that they are the same."""
 
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from ctp_kernels import arithmetic, attention
+from ctp_kernels import arithmetic, attention, one_row
 from tiny_models import VOCAB_SIZE, tiny_model
 from transformers import AutoModelForCausalLM
 
 import ctp_cli.integration  # noqa: F401 - registers the format
+from ctp_cli.integration import generation
 from ctp_cli.models.resolve import resolve_model
 from ctp_cli.recipe import CompressSection
 from ctp_cli.stages.compress import compress
@@ -73,6 +74,20 @@ def test_padding_is_masked_as_pytorch_masks_it(packed: Path, taken: list[int]) -
     ours, plain = load(packed), load(packed, attn_implementation="sdpa")
     made, wanted = (m.generate(ids(), attention_mask=mask, max_new_tokens=4, do_sample=False) for m in (ours, plain))
     assert torch.equal(made, wanted) and not taken
+
+
+@torch.no_grad()
+def test_the_head_multiplies_one_row_by_our_kernel(packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if one_row._kernel() is None:
+        pytest.skip("this processor has no AVX2, or there is no C++ compiler")
+    model = load(packed, dtype=torch.bfloat16)
+    head = model.get_output_embeddings()
+    assert isinstance(head, generation.DenseLinear) and head.weight is model.get_input_embeddings().weight
+    x = torch.randn(1, 1, head.in_features, generator=torch.Generator().manual_seed(1)).bfloat16()
+    plain = torch.nn.functional.linear(x, head.weight)
+    torch.testing.assert_close(head(x), plain, rtol=2**-7, atol=2**-7)
+    monkeypatch.setattr(one_row, "linear", lambda *_: torch.full((1, 1, head.out_features), 7.0))
+    assert bool((model(ids()[:1, :1]).logits == 7).all())
 
 
 def test_what_was_asked_for_is_kept_and_none_is_saved(packed: Path, tmp_path: Path) -> None:
