@@ -10,11 +10,11 @@ from ctp_kernels import one_row
 from ctp_kernels.arithmetic import fast_attention
 from ctp_kernels.attention import CausalMasks
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
-NAME = "ctp"
+_OURS = "attends_by_ctp"
+"""Set on the modules of models whose attention may be ours."""
 _is_causal = CausalMasks()
 
 
@@ -30,15 +30,17 @@ def attention(
     **others: Any,
 ) -> tuple[Tensor, None]:
     """What transformers calls "sdpa", with the same arguments and result: (B, H, T, D) three times, (B, T, H, D)."""
-    if others.get("position_bias") is None and others.get("softcap") is None and not torch.compiler.is_compiling():
+    plain = others.get("position_bias") is None and others.get("softcap") is None
+    if _OURS in vars(module) and plain and not torch.compiler.is_compiling():
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+        causal = causal and query.shape[-2] > 1 and attention_mask is None
         options = {"attn_mask": attention_mask, "is_causal": causal, "scale": scaling, "dropout_p": dropout}
         ours = fast_attention(query, key, value, options, _is_causal)
         if ours is not None:
             return ours.transpose(1, 2), None
     given: dict[str, Any] = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal}
-    plain: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **given, **others)
-    return plain
+    theirs: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **given, **others)
+    return theirs
 
 
 class DenseLinear(nn.Linear):
@@ -50,15 +52,15 @@ class DenseLinear(nn.Linear):
 
 
 def make_fast(model: PreTrainedModel, *, attention: bool) -> None:
-    """Let a model on the CPU generate so, its attention only if asked, and if it is PyTorch's."""
+    """Let a model on the CPU generate so, its attention only if asked."""
     if model.device.type != "cpu":
         return
     for module in model.modules():
         if type(module) is nn.Linear:
             module.__class__ = DenseLinear
-    if attention and model.config._attn_implementation == "sdpa":
-        model.set_attn_implementation(NAME)
+        elif attention:
+            setattr(module, _OURS, True)
 
 
-AttentionInterface.register(NAME, attention)
-AttentionMaskInterface.register(NAME, sdpa_mask)
+# under transformers' own name: some models do otherwise for names they do not know
+AttentionInterface.register("sdpa", attention)

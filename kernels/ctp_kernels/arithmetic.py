@@ -23,7 +23,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from ctp_kernels import one_row
-from ctp_kernels.attention import CausalMasks, causal_attention, prefix_attention
+from ctp_kernels.attention import CausalMasks, attention_without_mask, causal_attention, prefix_attention
 from ctp_kernels.cpu.build import cpu_features
 
 _FEW_ROWS = 8
@@ -75,19 +75,30 @@ class _OnCpu(TorchFunctionMode):
         self, plain: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor, **options: Any
     ) -> Tensor:
         """By our own kernel where it fits, of slow types in float32; results have their own dtype."""
-        if query.device.type != "cpu" or query.dtype not in _KNOWN:
+        dtype = query.dtype
+        if query.device.type != "cpu" or dtype not in _KNOWN:
             return plain(query, key, value, **options)
         ours = fast_attention(query, key, value, options, self._is_causal)
         if ours is not None:
             return ours
-        mask = options.get("attn_mask")
-        if mask is not None and options.pop("enable_gqa", False):  # PyTorch has a fast way with one of them alone
+        if is_slow(query):
+            mask = options.get("attn_mask")
+            if mask is not None and mask.is_floating_point():
+                options["attn_mask"] = mask.float()
+            query, key, value = query.float(), key.float(), value.float()
+        made = attention_without_mask(_repeated(plain), query, key, value, options, self._is_causal)
+        return made.to(dtype)
+
+
+def _repeated(plain: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Attention by `plain` with a mask or heads that share keys, not both: PyTorch has a fast way with one of them."""
+
+    def attention(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+        if options.get("attn_mask") is not None and options.pop("enable_gqa", False):
             key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
-        if not is_slow(query):
-            return plain(query, key, value, **options)
-        if mask is not None and mask.is_floating_point():
-            options["attn_mask"] = mask.float()
-        return plain(query.float(), key.float(), value.float(), **options).to(query.dtype)
+        return plain(query, key, value, **options)
+
+    return attention
 
 
 _KNOWN = (torch.float32, torch.bfloat16, torch.float16)

@@ -6,6 +6,7 @@ B=batch H=heads K=key-value heads T=queries S=keys D=width of a head
 import ctypes
 import functools
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,23 +50,26 @@ def causal_attention(q_BHTD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, scale: floa
 class CausalMasks:
     """Whether every query sees all keys up to its own, the last query's being the last: also where a mask says so.
 
-    Layers share their mask, so that the last one's answer is remembered.
+    Layers share their mask, so that the last one's answer is remembered, as long as nobody writes into the mask.
     """
 
     def __init__(self) -> None:
-        self._last: tuple[weakref.ref[Tensor], bool] | None = None
+        self._last: tuple[weakref.ref[Tensor], int, bool] | None = None
 
     def __call__(self, query: Tensor, key: Tensor, options: dict[str, Any]) -> bool:
         """With the options that torch's scaled_dot_product_attention is given beside these two."""
         queries, keys = query.shape[-2], key.shape[-2]
         mask: Tensor | None = options.get("attn_mask")
-        if mask is None:
-            return queries == 1 or (bool(options.get("is_causal")) and queries == keys)
+        if mask is None:  # without either, every query sees all keys
+            return queries == (keys if options.get("is_causal") else 1)
         if mask.shape[-2:] != (queries, keys) or keys < queries:
             return False
-        if self._last is None or self._last[0]() is not mask:
-            self._last = weakref.ref(mask), _says_causal(mask)
-        return self._last[1]
+        if mask.is_inference():  # nothing tells whether it was written into
+            return _says_causal(mask)
+        last, version = self._last, mask._version
+        if last is None or last[0]() is not mask or last[1] != version:
+            last = self._last = weakref.ref(mask), version, _says_causal(mask)
+        return last[2]
 
 
 def _says_causal(mask: Tensor) -> bool:
@@ -82,8 +86,7 @@ class prefix_attention(TorchFunctionMode):
 
     With more keys than queries transformers describes causality by a mask. Under a mask PyTorch computes every score,
     those of later tokens too, so that attention takes twice as long as without a prefix, whatever the prefix's length.
-    Here P empty queries are put before those of the text: that is square and needs no mask. Attention of other kinds
-    goes its own way, and so does that behind a prefix that is longer than the text.
+    Attention of other kinds goes its own way, and so does that behind a prefix that is longer than the text.
     """
 
     def __init__(self) -> None:
@@ -92,14 +95,30 @@ class prefix_attention(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is not functional.scaled_dot_product_attention or len(args) != 3 or kwargs.get("attn_mask") is None:
+        if func is not functional.scaled_dot_product_attention or len(args) != 3:
             return func(*args, **kwargs)
-        query, key, _ = args
-        queries, prefix = query.shape[-2], key.shape[-2] - query.shape[-2]
-        if not 0 < prefix < queries or kwargs.get("dropout_p") or not self._is_causal(query, key, kwargs):
-            return func(*args, **kwargs)
-        square = functional.pad(query, (0, 0, prefix, 0))
-        return func(square, *args[1:], **kwargs | {"attn_mask": None, "is_causal": True})[..., prefix:, :]
+        query, key, value = args
+        return attention_without_mask(func, query, key, value, kwargs, self._is_causal)
+
+
+def attention_without_mask(
+    plain: Callable[..., Tensor],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    options: dict[str, Any],
+    is_causal: CausalMasks,
+) -> Tensor:
+    """`plain`, with empty queries for a prefix before those of the text: that is square and needs no mask.
+
+    Where nothing is gained by it, or where it would be something else, `plain` as it is.
+    """
+    queries, prefix = query.shape[-2], key.shape[-2] - query.shape[-2]
+    masked = options.get("attn_mask") is not None and not options.get("dropout_p")
+    if not masked or not 0 < prefix < queries or not is_causal(query, key, options):
+        return plain(query, key, value, **options)
+    square = functional.pad(query, (0, 0, prefix, 0))
+    return plain(square, key, value, **options | {"attn_mask": None, "is_causal": True})[..., prefix:, :]
 
 
 class _Attention(torch.autograd.Function):

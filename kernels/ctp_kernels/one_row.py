@@ -10,11 +10,12 @@ import functools
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ctp_kernels.cpu.build import AVX2, AVX512, load
 
 _BLOCK = 32
+_PLAIN = (Tensor, nn.Parameter)
 
 
 def linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor | None:
@@ -25,13 +26,16 @@ def linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor
     Raises: MemoryError.
     PyTorch 2.13 takes twice as long on processors with AVX-512 BF16; with two rows it is level, and faster with more.
     """
-    if x.dtype != torch.bfloat16 or x.device.type != "cpu" or x.dim() == 0 or x.numel() != x.shape[-1]:
+    if x.dtype != torch.bfloat16 or x.dim() == 0 or x.numel() != x.shape[-1] or weight_OI.dim() != 2:
         return None
     tensors = (x, weight_OI) if bias_O is None else (x, weight_OI, bias_O)
     outputs, inputs = weight_OI.shape
     if inputs % _BLOCK or weight_OI.stride(1) != 1 or x.shape[-1] != inputs or torch.compiler.is_compiling():
         return None
-    if any(t.dtype != torch.bfloat16 or t.device.type != "cpu" for t in tensors):
+    if bias_O is not None and bias_O.shape != (outputs,):
+        return None
+    # tensors of other kinds may have no memory of their own
+    if any(type(t) not in _PLAIN or t.dtype != torch.bfloat16 or t.device.type != "cpu" for t in tensors):
         return None
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         return None

@@ -113,53 +113,51 @@ def check_width(model: Any, prompt_embeddings: Tensor) -> Tensor:
     return table
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Room:
     """Keys and values (B, H, N, C) of more tokens than there are."""
 
     keys: Tensor
     values: Tensor
-    held_by: Tensor | None = None
-    """The keys of the layer that appended last: the room behind them is free, that behind any others is not."""
 
 
 class GrowingLayer(DynamicLayer):
     """A layer that takes a few more tokens without copying those it has.
 
     transformers joins all keys and values to new tensors for every token. Here they lie in tensors an eighth longer,
-    which are replaced when they are full. With gradients, or for many tokens, it does as transformers does.
+    which are replaced when they are full. Under autograd, or for many tokens, it does as transformers does.
     """
-
-    _room: _Room | None = None
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         new, keys, values = (key_states, value_states), self.keys, self.values
         before, added = self.get_seq_length(), key_states.shape[-2]
-        if keys is None or values is None or before < added * _FEW or not _alike(keys, values, *new):
+        if (
+            keys is None
+            or values is None
+            or before < added * _FEW
+            or torch.is_grad_enabled()
+            or len({x.dtype for x in (keys, values, *new)}) > 1
+        ):
             joined: tuple[Tensor, Tensor] = super().update(*new, *args, **kwargs)
             return joined
-        room = self._room
-        if room is None or room.held_by is not keys or room.keys.shape[-2] < before + added or _read_only(room):
+        # the room behind these keys belongs to them: it goes when they go, and whoever appends first takes it along
+        room = vars(keys).pop(_ROOM, None)
+        if room is None or room.keys.shape[-2] < before + added or _read_only(room):
             longer = before + added + before // _FEW
-            room = self._room = _Room(_longer(keys, longer), _longer(values, longer))
+            room = _Room(_longer(keys, longer), _longer(values, longer))
         for kept, states in zip((room.keys, room.values), new, strict=True):
             kept[:, :, before : before + added] = states
         self.keys, self.values = (x[:, :, : before + added] for x in (room.keys, room.values))
-        room.held_by = self.keys
+        setattr(self.keys, _ROOM, room)
         return self.keys, self.values
 
 
+_ROOM = "ctp_room"
 _FEW = 8
 """Tokens are kept in place where this many are there, or more, for each that is added."""
 
 _ORDINARY = (DynamicLayer, GrowingLayer, DynamicSlidingWindowLayer)
 """Layers that hold keys and values alone."""
-
-
-def _alike(*tensors: Tensor) -> bool:
-    """Whether they are of one type and nobody wants their gradients."""
-    wanted = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
-    return not wanted and len({x.dtype for x in tensors}) == 1
 
 
 def _read_only(room: _Room) -> bool:

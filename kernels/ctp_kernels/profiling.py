@@ -251,12 +251,15 @@ class _Bench:
         started = self._now()
         with fast_arithmetic(self.device, behind_prefix=turn.prefix_reused):
             token_11, cache = self._next(**self._first_inputs(turn))
-            first = self._now()
-            cache = fresh_copy(cache, batch_size=1)  # that of a reused prefix is one: all take further tokens alike
+        first = self._now()
+        # that of a reused prefix is one: all take further tokens alike
+        cache = fresh_copy(cache, batch_size=1)
+        began = self._now()
+        with fast_arithmetic(self.device):
             for _ in range(self.new_tokens - 1):
                 token_11, cache = self._next(input_ids=token_11, **{self.cache_keyword: cache})
         ended = self._now()
-        return Sample((first - started) * 1000, (ended - first) * 1000 / (self.new_tokens - 1))
+        return Sample((first - started) * 1000, (ended - began) * 1000 / (self.new_tokens - 1))
 
     def memory_of(self, turn: Configuration, on_run: Callable[[Configuration], None]) -> PeakMemory:
         """The untimed run of a configuration."""

@@ -90,10 +90,11 @@ def test_the_head_multiplies_one_row_by_our_kernel(packed: Path, monkeypatch: py
     assert bool((model(ids()[:1, :1]).logits == 7).all())
 
 
-def test_what_was_asked_for_is_kept_and_none_is_saved(packed: Path, tmp_path: Path) -> None:
-    for asked in ("sdpa", "eager"):
-        assert load(packed, attn_implementation=asked).config._attn_implementation == asked
-    model = load(packed)
-    assert model.config._attn_implementation == "ctp"
-    model.save_pretrained(tmp_path)
-    assert "attn" not in (tmp_path / "config.json").read_text()
+@torch.no_grad()
+def test_other_models_and_those_with_an_attention_of_their_own_are_left_alone(
+    packed: Path, tmp_path: Path, taken: list[int]
+) -> None:
+    dense = load(tiny_model("llama_tied_gqa", tmp_path / "dense", head_dim=64))
+    for model in (dense, load(packed, attn_implementation="sdpa"), load(packed, attn_implementation="eager")):
+        model(ids())
+    assert not taken

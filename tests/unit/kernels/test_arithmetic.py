@@ -2,6 +2,7 @@
 
 import os
 from contextlib import nullcontext
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from ctp_kernels.attention import prefix_attention
 from ctp_kernels.prefix import cache_keyword
 from torch import nn
 from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 CPU = torch.device("cpu")
@@ -234,3 +236,24 @@ def test_keys_shared_under_another_mask_are_repeated_for_pytorch() -> None:
     with arithmetic.fast_arithmetic(CPU):
         made = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
     torch.testing.assert_close(made, wanted.float(), rtol=1e-5, atol=1e-6)
+
+
+def test_behind_a_prefix_pytorchs_attention_needs_no_mask_either(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[int, ...]] = []
+
+    class Seen(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is functional.scaled_dot_product_attention:
+                assert (kwargs["attn_mask"] is None) == kwargs["is_causal"]
+                seen.append(tuple(args[0].shape))
+            return func(*args, **kwargs or {})
+
+    monkeypatch.setattr(arithmetic, "causal_attention", lambda *_: None)
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, heads, t, 16, generator=generator) for heads, t in ((4, 9), (2, 14), (2, 14)))
+    mask = torch.ones(9, 14, dtype=torch.bool).tril(5)
+    wanted = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+    with Seen(), arithmetic.fast_arithmetic(CPU):
+        made = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=False, enable_gqa=True)
+    assert seen == [(2, 4, 14, 16)]
+    torch.testing.assert_close(made, wanted)

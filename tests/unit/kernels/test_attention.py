@@ -147,3 +147,13 @@ def test_a_masks_answer_is_remembered_for_this_mask_alone(dtype: torch.dtype) ->
     assert not is_causal(q, k, {"is_causal": True}) and is_causal(k, k, {"is_causal": True})
     assert not is_causal(k, k, {}) and not is_causal(k, q, {"attn_mask": causal.T})
     assert is_causal(q[:, :, :1], k, {}), "one query sees all keys"
+    assert not is_causal(q[:, :, :1], k, {"is_causal": True}), "PyTorch's one query sees the first key"
+
+
+def test_a_mask_that_was_written_into_is_asked_again() -> None:
+    q, k, is_causal = torch.zeros(1, 1, 4, 8), torch.zeros(1, 1, 6, 8), attention.CausalMasks()
+    for made in (mask(4, 2), torch.inference_mode()(mask)(4, 2)):
+        with torch.inference_mode():
+            assert is_causal(q, k, {"attn_mask": made})
+            made[:, 0] = False
+            assert not is_causal(q, k, {"attn_mask": made})

@@ -1,6 +1,7 @@
 """Layers that keep tokens in place hold what transformers' own layers hold, whoever else looks at the same memory."""
 
 import copy
+import weakref
 from contextlib import nullcontext
 
 import torch
@@ -65,16 +66,26 @@ def test_most_tokens_are_added_without_a_copy():
     assert keys.untyped_storage().nbytes() <= 901 * BATCH * HEADS * WIDTH * 4, "more room than an eighth"
 
 
-def test_with_gradients_what_was_kept_is_not_written_over():
+def test_keys_that_autograd_keeps_are_not_written_over():
     layer = GrowingLayer()
-    keys, values = (x.requires_grad_() for x in states(17, 0))
-    layer.update(keys, values)
-    before = layer.keys
-    new_keys, new_values = (x.requires_grad_() for x in states(1, 1))
-    made, _ = layer.update(new_keys, new_values)
-    assert before.shape[2] == 17
-    (made * made).sum().backward()
-    assert torch.equal(keys.grad, 2 * keys) and torch.equal(new_keys.grad, 2 * new_keys)
+    layer.update(*states(17, 0))
+    queries, losses = torch.ones(BATCH, HEADS, 1, WIDTH, requires_grad=True), []
+    for number in range(3):  # keys without gradients, as where queries alone are adapted
+        keys, values = layer.update(*states(1, number))
+        losses.append(torch.nn.functional.scaled_dot_product_attention(queries, keys, values).sum())
+    sum(losses).backward()
+    assert queries.grad is not None
+
+
+@torch.no_grad()
+def test_the_room_goes_with_the_keys():
+    layer = GrowingLayer()
+    for number, tokens in enumerate((800, 1)):
+        layer.update(*states(tokens, number))
+    room = weakref.ref(vars(layer.keys)["ctp_room"].keys)
+    assert room() is not None
+    layer.batch_select_indices(torch.tensor([1, 0]))
+    assert room() is None
 
 
 @torch.no_grad()

@@ -13,6 +13,10 @@ def _there() -> None:
         pytest.skip("this processor has no AVX2, or there is no C++ compiler")
 
 
+class _Elsewhere(torch.Tensor):
+    """One of the kinds whose memory is not where `data_ptr` says."""
+
+
 def operands(outputs: int, inputs: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(outputs)
     x, weight, bias = (
@@ -58,6 +62,9 @@ def test_what_does_not_fit_is_left_to_pytorch() -> None:
     assert one_row.linear(x, operands(64, 8)[1].T) is None
     assert one_row.linear(x, nn.Parameter(weight)) is None
     assert one_row.linear(x[:0], weight) is None
+    assert one_row.linear(x, weight[0]) is None
+    assert one_row.linear(x, weight, bias[:1]) is None
+    assert one_row.linear(x, torch.Tensor._make_subclass(_Elsewhere, weight)) is None
     with torch.no_grad():
         assert one_row.linear(x, nn.Parameter(weight)) is not None
 
