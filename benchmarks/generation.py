@@ -135,7 +135,13 @@ def llama_cpp(given: argparse.Namespace) -> dict[str, float]:
     import llama_cpp  # type: ignore[import-not-found]
 
     threads = torch.get_num_threads()
-    model = llama_cpp.Llama(str(given.gguf), n_ctx=512, n_threads=threads, n_threads_batch=threads, verbose=False)
+    model = llama_cpp.Llama(
+        str(given.gguf),
+        n_ctx=given.context + given.new_tokens + 8,
+        n_threads=threads,
+        n_threads_batch=threads,
+        verbose=False,
+    )
     forget_peak()
     model.eval(list(range(5, 5 + given.context)))
     started = 0.0

@@ -14,8 +14,8 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ctp_cli.checkpoints.packed import PackedSettings
+from ctp_cli.checkpoints.packed_generation import make_fast
 from ctp_cli.checkpoints.packed_linear import PackedLinear, prepare_layers
-from ctp_cli.integration.generation import make_fast
 
 if not hasattr(HfQuantizer, "update_attn_implementation"):
     raise ImportError("format ctp in transformers needs transformers 5.24 or later")  # the hook that sees the config

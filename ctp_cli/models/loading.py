@@ -151,6 +151,7 @@ def _load_dequantized(
 
 
 def _load_packed(path: Path, config: Any, form: LayerFormat, dtype: torch.dtype | None) -> tuple[Any, dict[str, Any]]:
+    from ctp_cli.checkpoints.packed_generation import make_fast
     from ctp_cli.checkpoints.packed_linear import PackedLinear, prepare_layers
 
     skeleton, transposed = dense_skeleton(config)
@@ -174,6 +175,7 @@ def _load_packed(path: Path, config: Any, form: LayerFormat, dtype: torch.dtype 
         packed.bias = linear.bias
         model.set_submodule(name, packed)
     prepare_layers(model)
+    make_fast(model, attention=True)
     return model, info
 
 

@@ -97,15 +97,6 @@ inline void weighted(const uint32_t* weights, int64_t weight_stride, int64_t wei
   }
 }
 
-// the lanes of each of four vectors added up
-inline __m128 added_up(const __m512 (&x)[4]) {
-  const __m512 a = _mm512_add_ps(_mm512_unpacklo_ps(x[0], x[1]), _mm512_unpackhi_ps(x[0], x[1]));
-  const __m512 b = _mm512_add_ps(_mm512_unpacklo_ps(x[2], x[3]), _mm512_unpackhi_ps(x[2], x[3]));
-  const __m512 c = _mm512_add_ps(_mm512_shuffle_ps(a, b, 0x44), _mm512_shuffle_ps(a, b, 0xee));
-  const __m256 d = _mm256_add_ps(_mm512_castps512_ps256(c), _mm512_extractf32x8_ps(c, 1));
-  return _mm_add_ps(_mm256_castps256_ps128(d), _mm256_extractf128_ps(d, 1));
-}
-
 class Forward {
  public:
   Forward(const Attention& a, uint16_t* out, float* logs)
@@ -139,38 +130,31 @@ class Forward {
   // one query, with keys and values as they lie: laying them out would take longer
   void row(const uint16_t* q, const uint16_t* k, const uint16_t* v, uint16_t* out, int64_t seen) {
     const int64_t D = a_.width;
-    for (int64_t s = 0; s < seen; s += 4) {
-      const uint16_t* keys[4];
-      for (int64_t i = 0; i < 4; ++i) keys[i] = k + std::min(s + i, seen - 1) * a_.k.row();
-      __m512 sums[4] = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps()};
-      for (int64_t d = 0; d < D; d += 32) {
-        const __m512bh query = as_bf16(_mm512_loadu_si512(q + d));
-#pragma GCC unroll 4
-        for (int i = 0; i < 4; ++i) sums[i] = _mm512_dpbf16_ps(sums[i], query, as_bf16(_mm512_loadu_si512(keys[i] + d)));
-      }
-      _mm_storeu_ps(scores_.data() + s, _mm_mul_ps(added_up(sums), _mm_set1_ps(a_.scale)));
+    for (int64_t s = 0; s < seen; ++s) {
+      const uint16_t* key = k + s * a_.k.row();
+      __m512 sum = _mm512_setzero_ps();
+      for (int64_t d = 0; d < D; d += 32)
+        sum = _mm512_dpbf16_ps(sum, as_bf16(_mm512_loadu_si512(q + d)), as_bf16(_mm512_loadu_si512(key + d)));
+      scores_[s] = a_.scale * _mm512_reduce_add_ps(sum);
     }
     const __m512 whole = _mm512_set1_ps(1.0f / softmax(0, seen, (seen + 15) / 16 * 16, nullptr));
-    // of two tokens' dimensions side by side, 128 bits hold four; these from the lower and the upper half of eight
-    const __m512i first = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
-    const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
+    const uint16_t* weights = (const uint16_t*)weights_.data();
     for (int64_t d = 0; d < D; d += 64) {
-      __m512 low[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()}, high[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
-      for (int64_t s = 0; s < seen; s += 2) {
-        const __m512bh weight = as_bf16(_mm512_set1_epi32(int(weights_[s / 2])));
-        const uint16_t* values = v + s * a_.v.row() + d;
+      __m512 even[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()}, odd[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
+      for (int64_t s = 0; s < seen; ++s) {
+        const __m512 weight = _mm512_castsi512_ps(_mm512_set1_epi32(int(uint32_t(weights[s]) << 16)));
 #pragma GCC unroll 2
         for (int c = 0; c < 2; ++c) {
-          const __m512i of_this = _mm512_loadu_si512(values + 32 * c);
-          const __m512i of_next = s + 1 < seen ? _mm512_loadu_si512(values + a_.v.row() + 32 * c) : _mm512_setzero_si512();
-          low[c] = _mm512_dpbf16_ps(low[c], weight, as_bf16(_mm512_unpacklo_epi16(of_this, of_next)));
-          high[c] = _mm512_dpbf16_ps(high[c], weight, as_bf16(_mm512_unpackhi_epi16(of_this, of_next)));
+          const __m512i pairs = _mm512_loadu_si512(v + s * a_.v.row() + d + 32 * c);
+          const __m512i high = _mm512_and_si512(pairs, _mm512_set1_epi32(int(0xffff0000)));
+          even[c] = _mm512_fmadd_ps(weight, _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16)), even[c]);
+          odd[c] = _mm512_fmadd_ps(weight, _mm512_castsi512_ps(high), odd[c]);
         }
       }
       for (int c = 0; c < 2; ++c) {
-        __m256i* to = (__m256i*)(out + d + 32 * c);
-        _mm256_storeu_si256(to, rounded(_mm512_mul_ps(_mm512_permutex2var_ps(low[c], first, high[c]), whole)));
-        _mm256_storeu_si256(to + 1, rounded(_mm512_mul_ps(_mm512_permutex2var_ps(low[c], second, high[c]), whole)));
+        const __m512i low = _mm512_cvtepu16_epi32(rounded(_mm512_mul_ps(even[c], whole)));
+        const __m512i high = _mm512_cvtepu16_epi32(rounded(_mm512_mul_ps(odd[c], whole)));
+        _mm512_storeu_si512(out + d + 32 * c, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
       }
     }
   }

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from ctp_kernels import gram, unpack
+from ctp_kernels import attention, gram, unpack
 from ctp_kernels.cpu import build
 from ctp_kernels.cpu.build import AVX2, AVX2_F16C, AVX512, AVX512_BF16, AVX512_VNNI, Level
 from ctp_kernels.descent import Fit, Quadratic
@@ -70,14 +70,20 @@ def emulation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def on_avx512_bf16(emulation: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     take(Level((*AVX512_BF16.needs, *AVX512_VNNI.needs), ()), monkeypatch)
     yield
+    forget()
+
+
+def forget() -> None:
+    """Which kernel was taken for the processor there was."""
     build.load.cache_clear()
+    attention._kernel.cache_clear()
 
 
 def take(level: Level, monkeypatch: pytest.MonkeyPatch) -> None:
     """From here on the processor has this level and AVX2."""
     for module in (build, gram):
         monkeypatch.setattr(module, "cpu_features", lambda: frozenset(AVX2.needs + level.needs))
-    build.load.cache_clear()
+    forget()
 
 
 @pytest.mark.parametrize("inputs", range(1, 34))

@@ -1,5 +1,6 @@
 """How packed models generate on the CPU: whose attention and whose dense products it is, and that they are the same."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ from tiny_models import VOCAB_SIZE, tiny_model
 from transformers import AutoModelForCausalLM
 
 import ctp_cli.integration  # noqa: F401 - registers the format
-from ctp_cli.integration import generation
+from ctp_cli.checkpoints import packed_generation
+from ctp_cli.models.loading import load_model
 from ctp_cli.models.resolve import resolve_model
 from ctp_cli.recipe import CompressSection
 from ctp_cli.stages.compress import compress
@@ -52,11 +54,14 @@ def ids() -> torch.Tensor:
     return torch.randint(3, VOCAB_SIZE, (2, 20), generator=torch.Generator().manual_seed(7))
 
 
+@pytest.mark.parametrize("loaded", [load, lambda path: load_model(path, packed=True)], ids=["transformers", "ctp"])
 @torch.no_grad()
-def test_texts_and_their_next_tokens_go_through_our_kernel(packed: Path, taken: list[int]) -> None:
+def test_texts_and_their_next_tokens_go_through_our_kernel(
+    loaded: Callable[[Path], Any], packed: Path, taken: list[int]
+) -> None:
     if attention._kernel(torch.float32) is None:
         pytest.skip("this processor has no instructions for float32, or there is no C++ compiler")
-    ours, plain = load(packed), load(packed, attn_implementation="sdpa")
+    ours, plain = loaded(packed), load(packed, attn_implementation="sdpa")
     layers = ours.config.num_hidden_layers
     wanted = plain.generate(ids(), max_new_tokens=4, do_sample=False)
     assert not taken
@@ -82,7 +87,7 @@ def test_the_head_multiplies_one_row_by_our_kernel(packed: Path, monkeypatch: py
         pytest.skip("this processor has no AVX2, or there is no C++ compiler")
     model = load(packed, dtype=torch.bfloat16)
     head = model.get_output_embeddings()
-    assert isinstance(head, generation.DenseLinear) and head.weight is model.get_input_embeddings().weight
+    assert isinstance(head, packed_generation.DenseLinear) and head.weight is model.get_input_embeddings().weight
     x = torch.randn(1, 1, head.in_features, generator=torch.Generator().manual_seed(1)).bfloat16()
     plain = torch.nn.functional.linear(x, head.weight)
     torch.testing.assert_close(head(x), plain, rtol=2**-7, atol=2**-7)
