@@ -109,19 +109,21 @@ class PackedLinear(nn.Module):
         """Register what the weight consists of now; stored parts that it no longer has are let go."""
         if self._weight is None or self._weight.form is self._form:
             return
-        self._form = self._weight.form
-        held = self._weight.tensors()
-        for name in [name for name in self._buffers if name not in self._names]:
-            delattr(self, name)
-        for name in self._names:
-            setattr(self, name, held.pop(name, None))
-        for name, tensor in held.items():
-            self.register_buffer(name, tensor, persistent=False)
+        with dispatch.changing:
+            self._form = self._weight.form
+            held = self._weight.tensors()
+            for name in [name for name in self._buffers if name not in self._names]:
+                delattr(self, name)
+            for name in self._names:
+                setattr(self, name, held.pop(name, None))
+            for name, tensor in held.items():
+                self.register_buffer(name, tensor, persistent=False)
 
     def _restore(self) -> None:
         if self._weight is not None:
-            self._weight.restore()
-            self._follow()
+            with dispatch.changing:
+                self._weight.restore()
+                self._follow()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedLinear":
         """Moves the stored parts. Scales stay float16 where a model changes its dtype: they are part of the weights."""
@@ -140,8 +142,9 @@ class PackedLinear(nn.Module):
         return self
 
     def _save_to_state_dict(self, *arguments: Any) -> None:
-        self._restore()
-        super()._save_to_state_dict(*arguments)
+        with dispatch.changing:  # another thread's product would take the stored parts away again
+            self._restore()
+            super()._save_to_state_dict(*arguments)
 
     def _load_from_state_dict(self, *arguments: Any) -> None:
         self._restore()

@@ -6,11 +6,13 @@
 `ctp_kernels.ways` says what ways there are, chooses, and explains.
 
 A layer is held once: as it is stored, or, from its first product on, in the form that its way wants. `Weight.stored`
-gives back the stored form to the last bit, so the two never take memory at the same time.
+gives back the stored form to the last bit, so the two never take memory at the same time. Threads may multiply while
+another one saves.
 
 M=rows (batch x tokens) N=outputs K=inputs G=groups
 """
 
+import threading
 from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import replace
@@ -43,6 +45,9 @@ from ctp_kernels.ways import (
     most_rows,
     unequal_groups,
 )
+
+changing = threading.RLock()
+"""Held while any layer goes from one form to another, and by whoever needs one to stay in its form."""
 
 
 def prepare(parts: PackedParts, *, int8_activations: bool = False, dense_codes: bool = False) -> "Weight":
@@ -106,11 +111,12 @@ class Weight:
 
     def use_dense_codes(self) -> None:
         """From here on as if `prepare` had been told so."""
-        mask = self.restore().mask
-        if mask is not None:
-            self._mask, self._about = mask.cpu(), densified.described(self._about)
-            self._bounds = sorted((0, FEW_ROWS, SOME_ROWS, most_rows(self._about)))
-            self._ways.clear()
+        with changing:
+            mask = self.restore().mask
+            if mask is not None:
+                self._mask, self._about = mask.cpu(), densified.described(self._about)
+                self._bounds = sorted((0, FEW_ROWS, SOME_ROWS, most_rows(self._about)))
+                self._ways.clear()
 
     def dense_codes_pay(self) -> int:
         """As the function of that name in `ways`, for this layer where it is."""
@@ -123,21 +129,26 @@ class Weight:
 
     def stored(self) -> PackedParts:
         """The parts that `prepare` was given, rebuilt if a way holds them in a form of its own."""
-        if self._parts is not None:
-            return self._parts
-        assert self._own is not None
-        if isinstance(self._own, layouts.PackedWeight):
-            found = _stored(self._own, self._about, self._g_idx)
-        elif isinstance(self._own, Int4Layer):
-            found = self._own.stored()
+        with changing:
+            parts, own = self._parts, self._own
+        if parts is not None:
+            return parts
+        assert own is not None
+        if isinstance(own, layouts.PackedWeight):
+            found = _stored(own, self._about, self._g_idx)
+        elif isinstance(own, Int4Layer):
+            found = own.stored()
         else:
-            found = self._own.stored(self._g_idx)
-        return found if self._mask is None else densified.with_mask(found, self._mask.to(self.device), self._shape)
+            found = own.stored(self._g_idx)
+        if self._mask is not None:
+            return densified.with_mask(found, self._mask.to(self.device), self._shape)
+        return replace(found, codes=found.codes.view(self._shape))
 
     def restore(self) -> PackedParts:
         """`stored`, and hold the layer that way again until its next product."""
-        self._parts, self._own, self._layer = self.stored(), None, None
-        return self._parts
+        with changing:
+            self._parts, self._own, self._layer = parts, *_ = self.stored(), None, None
+        return parts
 
     def tensors(self) -> dict[str, Tensor]:
         """What the layer takes in memory, but for row starts and a mask that dense codes have put aside.
@@ -148,9 +159,12 @@ class Weight:
             return _tensors(self._parts)
         assert self._own is not None
         if isinstance(self._own, PackedLayer):
-            held = {"order": self._own.order, "codes": self._own.parts.codes, "mask": self._own.parts.mask}
+            layer, parts = self._own, self._own.parts
+            sorted_mask = None if layer.order is None else parts.mask
+            held = {"order": layer.order, "codes": parts.codes, "mask": sorted_mask}
             own = {f"own_{name}": tensor for name, tensor in held.items() if tensor is not None}
-            rest = {"scales": self._own.parts.scales, "zeros": self._own.parts.zeros, "g_idx": self._g_idx}
+            rest = {"scales": parts.scales, "zeros": parts.zeros, "g_idx": self._g_idx}
+            rest |= {"mask": parts.mask} if layer.order is None else {}
             return own | {name: tensor for name, tensor in rest.items() if tensor is not None}
         own = {f"own_{name}": tensor for name, tensor in self._own.tensors().items()}
         if isinstance(self._own, Int4Layer):
@@ -159,13 +173,17 @@ class Weight:
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """The weights (N, K) in `dtype`, rounded once from float32 products."""
-        if isinstance(self._own, layouts.PackedWeight) and dtype in ops.DTYPES:
-            return ops.dequantize(self._own, dtype=dtype)
-        if isinstance(self._own, PackedLayer):
-            dense_NK = _dense(self._own.parts, self._own.starts_N, dtype)
-            return dense_NK if self._own.order is None else dense_NK[:, self._own.order.argsort()]
-        if isinstance(self._own, Int4Layer):
-            parts = self._own.stored()
+        with changing:
+            parts, own = self._parts, self._own
+        if parts is not None:
+            return _dense(parts, self._starts_N, dtype)
+        if isinstance(own, layouts.PackedWeight) and dtype in ops.DTYPES:
+            return ops.dequantize(own, dtype=dtype)
+        if isinstance(own, PackedLayer):
+            dense_NK = _dense(own.unpaired, own.starts_N, dtype)
+            return dense_NK if own.order is None else dense_NK[:, own.order.argsort()]
+        if isinstance(own, Int4Layer):
+            parts = own.stored()
             return _dense(parts, _checked_starts(parts), dtype)
         return _dense(self.stored(), self._starts_N, dtype)
 
@@ -177,22 +195,30 @@ class Weight:
             way = self._ways[kind] = self.explain(dtype, rows).way
         if way == DENSE:
             return None
-        made: _Own | None = self._layer if way in (PACKED, PACKED_INT8) else self._own
         wanted = _FORMS[way]
+        made = self._made(way)
         if isinstance(made, wanted):
             return made
+        with changing:
+            made = self._made(way)
+            return made if isinstance(made, wanted) else self._make(wanted, dtype, rows)
+
+    def _made(self, way: str) -> "_Own | None":
+        return self._layer if way in (PACKED, PACKED_INT8) else self._own
+
+    def _make(self, wanted: Any, dtype: torch.dtype, rows: int) -> "_Own | None":
         parts = self.restore()
         try:
             if self._mask is not None:
                 parts = densified.without_mask(parts)
-            made = wanted.of(parts) if wanted is not layouts.PackedWeight else layouts.from_parts(parts)
+            made: _Own = wanted.of(parts) if wanted is not layouts.PackedWeight else layouts.from_parts(parts)
         except ValueError as refusal:  # what shapes alone do not show
             self._refused |= {other: str(refusal) for other, form in _FORMS.items() if form is wanted}
             self._ways.clear()
             return self.form_for(dtype, rows)
         if isinstance(made, PackedLayer):
             self._layer = made
-        if not isinstance(made, PackedLayer) or made.order is not None or self._mask is not None:
+        if not isinstance(made, PackedLayer) or made.own or self._mask is not None:
             self._own, self._parts = made, None
         return made
 

@@ -5,8 +5,10 @@
     y = product_int16(x, layer)    # x rounded to 16 bits per 128 inputs, sums of integers: twice as fast
     y = product_int8(x, layer)     # to 8 bits
 
-Weights are exact in all of them. Needs AVX2 and a C++ compiler (`available`). Layers are multiplied as they are stored;
-only where inputs belong to scattered groups (`g_idx`) are they sorted by group.
+Weights are exact in all of them. Needs AVX2 and a C++ compiler (`available`). Layers are multiplied as they are stored,
+with two exceptions. Where inputs belong to scattered groups (`g_idx`), they are sorted by group. And with AVX-512 the
+4-bit codes of a layer with a mask are laid out in pairs of outputs: as they are stored a block's begin anywhere in a
+byte, and cutting them out took longer than reading them.
 
 M=rows (batch x tokens) N=outputs K=inputs G=groups
 """
@@ -17,7 +19,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ctp_kernels.cpu.build import AVX2_F16C, AVX512_VNNI, load
 from ctp_kernels.ragged import bits_set, pack_bits, pack_kept, row_starts, unpack_bits, unpack_kept
@@ -27,7 +29,9 @@ BITS = (2, 3, 4, 8)
 _SEGMENT, _SHORT, _LONGEST = 128, 48, 2048
 """Inputs of a segment, a run with scales of its own. Groups are cut into the longest equal ones between the first two,
 or are one segment, of no more inputs than 32-bit sums hold. Each is padded to a multiple of 64."""
-_DENSE, _HALF, _BITMAP = range(3)
+_DENSE, _HALF, _BITMAP, _PAIRED, _PAIRED_FEW = range(5)
+_OFTEN = 0.04
+"""Blocks of 64 inputs that may have more than 32 codes where fewer are expected: a processor jumps wrongly at each."""
 _TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _NEEDS = "products with packed layers need a processor with AVX2 and a C++ compiler"
 
@@ -36,14 +40,18 @@ _NEEDS = "products with packed layers need a processor with AVX2 and a C++ compi
 class PackedLayer:
     """A layer that is known to be whole. Make it with `of`.
 
-    parts: groups are runs of inputs there. starts_N (N + 1,) int64: the byte at which each output's codes begin.
+    parts: groups are runs of inputs there; its codes are those of pairs where there are such.
+    starts_N (N + 1,) int64: the byte at which each output's codes begin, by themselves.
     order (K,) int64, where inputs were sorted by group: which input is at each place; None for their own order.
+    pairs_P (N / 2, rounded up, + 1) int64: the byte at which the codes of outputs 2 p and 2 p + 1 begin, where those
+    are the low and the high half of bytes.
     """
 
     parts: PackedParts
     starts_N: Tensor
     order: Tensor | None
     _kind: int
+    pairs_P: Tensor | None = None
 
     @classmethod
     def of(cls, parts: PackedParts) -> "PackedLayer":
@@ -80,7 +88,7 @@ class PackedLayer:
             raise ValueError(f"{parts.codes.numel()} bytes of codes where there should be {int(starts_N[-1])}")
         if zeros_NG is not None and int(zeros_NG.max()) >= 2**parts.bits:
             raise ValueError(f"zero points of up to {int(zeros_NG.max())} with codes of {parts.bits} bits")
-        return cls(parts, starts_N, order, kind)
+        return cls(parts, starts_N, order, kind)._paired()
 
     @functools.cached_property
     def _sizes(self) -> "ctypes.Array[ctypes.c_int64]":
@@ -89,14 +97,58 @@ class PackedLayer:
         sizes = (parts.codes.numel(), parts.outputs, parts.inputs, parts.scales.shape[1])
         return (ctypes.c_int64 * 7)(*sizes, _segment(parts), parts.bits, self._kind)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_sizes"}  # ctypes cannot be pickled
+    @property
+    def _starts(self) -> Tensor:
+        return self.starts_N if self.pairs_P is None else self.pairs_P
+
+    def __getstate__(self) -> dict[str, Any]:  # ctypes cannot be pickled, and pairs are not everywhere
+        kind = _BITMAP if self.pairs_P is not None else self._kind
+        return {"parts": self.unpaired, "starts_N": self.starts_N, "order": self.order, "_kind": kind, "pairs_P": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.__dict__.update(self._paired().__dict__)
+
+    @property
+    def own(self) -> bool:
+        """Whether codes are others than those of the parts this was made of."""
+        return self.order is not None or self.pairs_P is not None
+
+    @property
+    def unpaired(self) -> PackedParts:
+        """`parts`, with each output's codes by themselves."""
+        if self.pairs_P is None:
+            return self.parts
+        codes = torch.empty(int(self.starts_N[-1]), dtype=torch.uint8)
+        self._rearrange("packed_unpair", self.parts.codes, self.pairs_P, codes)
+        return replace(self.parts, codes=codes)
 
     def stored(self, g_idx: Tensor | None) -> PackedParts:
         """The parts this was made of, whose `g_idx` is given."""
         if self.order is None:
-            return self.parts
-        return replace(_ordered(self.parts, self.order.argsort()), g_idx=g_idx)
+            return self.unpaired
+        return replace(_ordered(self.unpaired, self.order.argsort()), g_idx=g_idx)
+
+    def _paired(self) -> "PackedLayer":
+        """Itself, or in pairs where those are multiplied with."""
+        library, parts = _library(), self.parts
+        if parts.mask is None or parts.bits != 4 or library is None or not library.packed_takes_pairs():
+            return self
+        kept_NB = bits_set(parts.mask)
+        kept_P = nn.functional.pad(kept_NB.sum(1), (0, len(kept_NB) % 2)).view(-1, 2).amax(1)
+        pairs_P = nn.functional.pad(kept_P.cumsum(0), (1, 0))
+        blocks = kept_NB.flatten()[: kept_NB.numel() // 8 * 8].view(-1, 8).sum(1, dtype=torch.uint8)
+        few = not len(blocks) or int((blocks > 32).sum()) <= _OFTEN * len(blocks)
+        codes = torch.empty(int(pairs_P[-1]), dtype=torch.uint8)
+        self._rearrange("packed_pair", parts.codes, pairs_P, codes)
+        return replace(self, parts=replace(parts, codes=codes), _kind=_PAIRED_FEW if few else _PAIRED, pairs_P=pairs_P)
+
+    def _rearrange(self, function: str, codes: Tensor, pairs_P: Tensor, out: Tensor) -> None:
+        library = _library()
+        if library is None:
+            raise RuntimeError(_NEEDS)
+        addresses = [x.data_ptr() for x in (codes, self.starts_N, pairs_P, out)]
+        getattr(library, function)(*addresses[:2], self.parts.outputs, *addresses[2:], torch.get_num_threads())
 
 
 def available() -> bool:
@@ -160,7 +212,7 @@ def dense_codes(layer: PackedLayer) -> Tensor:
     if library is None:
         raise RuntimeError(_NEEDS)
     out = torch.empty(parts.outputs * parts.inputs * parts.bits // 8, dtype=torch.uint8)
-    tensors = (parts.codes, parts.mask, layer.starts_N, parts.scales, parts.zeros)
+    tensors = (parts.codes, parts.mask, layer._starts, parts.scales, parts.zeros)
     failed = library.packed_dense_codes(
         *(None if x is None else x.data_ptr() for x in tensors),
         *(layer._sizes, out.data_ptr(), torch.get_num_threads()),
@@ -179,7 +231,7 @@ def _product(x: Tensor, layer: PackedLayer, width: int) -> Tensor:
         raise RuntimeError(_NEEDS)
     x = (x if layer.order is None else x[..., layer.order]).contiguous()
     y = torch.empty((*x.shape[:-1], outputs), dtype=x.dtype)
-    tensors = (parts.codes, parts.mask, layer.starts_N, parts.scales, parts.zeros)
+    tensors = (parts.codes, parts.mask, layer._starts, parts.scales, parts.zeros)
     rows = x.numel() // inputs
     failed = library.packed_product(
         *(None if tensor is None else tensor.data_ptr() for tensor in tensors),
@@ -221,4 +273,7 @@ def _library() -> ctypes.CDLL | None:
         library.packed_product.restype = ctypes.c_int
         library.packed_dense_codes.argtypes = [*layer, pointer, number]
         library.packed_dense_codes.restype = ctypes.c_int
+        if library.packed_takes_pairs():
+            for rearrange in (library.packed_pair, library.packed_unpair):
+                rearrange.argtypes = [pointer, pointer, number, pointer, pointer, number]
     return library

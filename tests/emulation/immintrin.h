@@ -197,6 +197,33 @@ inline __m512i _mm512_srli_epi16(__m512i x, unsigned count) {
   using Words = emulated::Vector<uint16_t, 32>;
   return count > 15 ? __m512i{} : (__m512i)((Words)x >> count);
 }
+inline __m512i _mm512_slli_epi16(__m512i x, unsigned count) {
+  using Words = emulated::Vector<uint16_t, 32>;
+  return count > 15 ? __m512i{} : (__m512i)((Words)x << count);
+}
+inline __m512i _mm512_set1_epi16(short x) {
+  using Words = emulated::Vector<int16_t, 32>;
+  return (__m512i)(Words{} + x);
+}
+inline __m512i _mm512_maddubs_epi16(__m512i a, __m512i b) {  // bytes without a sign times such with one, neighbours added
+  emulated::Vector<int16_t, 32> out;
+  for (int i = 0; i < 32; ++i) {
+    int sum = 0;
+    for (int j = 2 * i; j < 2 * i + 2; ++j) sum += ((emulated::ManyBytes)a)[j] * int8_t(((emulated::ManyBytes)b)[j]);
+    out[i] = int16_t(sum > 32767 ? 32767 : sum < -32768 ? -32768 : sum);
+  }
+  return (__m512i)out;
+}
+inline __m256i _mm512_cvtepi16_epi8(__m512i x) {
+  emulated::Vector<uint8_t, 32> out;
+  for (int i = 0; i < 32; ++i) out[i] = uint8_t(((emulated::Vector<uint16_t, 32>)x)[i]);
+  return (__m256i)out;
+}
+inline __m512i _mm512_cvtepu8_epi16(__m256i x) {
+  emulated::Vector<uint16_t, 32> out;
+  for (int i = 0; i < 32; ++i) out[i] = ((emulated::Vector<uint8_t, 32>)x)[i];
+  return (__m512i)out;
+}
 inline __m512i _mm512_srlv_epi64(__m512i x, __m512i count) {
   const emulated::Longs places = (emulated::Longs)count;
   return (__m512i)(places > 63 ? emulated::Longs{} : (emulated::Longs)x >> (places & 63));
@@ -298,6 +325,12 @@ inline emulated::Vector<float, 8> _mm256_cvtph_ps(__m128i halves) {  // likewise
   emulated::Vector<float, 8> x;
   for (int i = 0; i < 8; ++i) x[i] = _cvtsh_ss(bits[i]);
   return x;
+}
+inline emulated::Vector<float, 8> _mm256_loadu_ps(const float* from) {
+  return emulated::load<emulated::Vector<float, 8>>(from);
+}
+inline emulated::Vector<float, 8> _mm256_mul_ps(emulated::Vector<float, 8> a, emulated::Vector<float, 8> b) {
+  return a * b;
 }
 inline void _mm256_storeu_ps(float* to, emulated::Vector<float, 8> x) { std::memcpy(to, &x, sizeof x); }
 inline __m512i _mm512_cvtepu16_epi32(__m256i x) {

@@ -102,3 +102,38 @@ extern "C" int packed_dense_codes(
 } catch (const std::bad_alloc&) {
   return 1;
 }
+
+// Whether this build multiplies with pairs.
+extern "C" int packed_takes_pairs() {
+#ifdef PACKED_AVX512
+  return 1;
+#else
+  return 0;
+#endif
+}
+
+#ifdef PACKED_AVX512
+// 4-bit codes of outputs by themselves, which begin at `starts` (N + 1), as those of pairs, which begin at `pairs` (P + 1).
+extern "C" int packed_pair(
+    const uint8_t* codes, const int64_t* starts, int64_t outputs, const int64_t* pairs, uint8_t* out, int64_t threads) {
+  const int64_t count = (outputs + 1) / 2;
+  return in_parallel(threads, threads, [&](int64_t thread) {
+    for (int64_t p = count * thread / threads; p < count * (thread + 1) / threads; ++p) {
+      const int64_t* const at = starts + 2 * p;
+      const int64_t of_high = 2 * p + 1 < outputs ? at[2] - at[1] : 0;
+      pair_codes(codes + at[0], at[1] - at[0], codes + at[1], of_high, out + pairs[p], pairs[p + 1] - pairs[p]);
+    }
+  });
+}
+
+// The inverse.
+extern "C" int packed_unpair(
+    const uint8_t* codes, const int64_t* starts, int64_t outputs, const int64_t* pairs, uint8_t* out, int64_t threads) {
+  return in_parallel(threads, threads, [&](int64_t thread) {
+    for (int64_t o = outputs * thread / threads; o < outputs * (thread + 1) / threads; ++o) {
+      const int64_t* const at = pairs + o / 2;
+      unpair_codes(codes + at[0], at[1] - at[0], o % 2 * 4, out + starts[o], starts[o + 1] - starts[o]);
+    }
+  });
+}
+#endif

@@ -1,8 +1,10 @@
 // packed.cpp with AVX-512 VBMI2 and VNNI: 64 codes of an output at a time, as bytes in the order of inputs.
 //
-// A lane of a register has four inputs of an output, a quad. For a few rows of x, lanes are the quads of a block, and codes
-// are multiplied as they are decoded. For more of them codes are transposed first: lanes are 16 outputs, and each row's
-// quad is broadcast to them. Sums need no adding up across lanes then, and scales are vectors.
+// A lane of a register has four inputs of an output, a quad. For a few rows of x, lanes are the quads of a block. For more
+// of them codes are transposed first: lanes are 16 outputs, and each row's quad is broadcast to them. Sums need no adding up
+// across lanes then, and scales are vectors.
+//
+// One row is multiplied with dense codes and paired ones as they are decoded; for the rest an output's are decoded before.
 
 #pragma once
 
@@ -19,90 +21,169 @@ inline Lanes times_plus(Lanes a, Lanes b, Lanes c) { return _mm512_fmadd_ps(a, b
 inline Lanes numbers(__m512i x) { return _mm512_cvtepi32_ps(x); }
 inline Lanes numbers(Lanes x) { return x; }
 
-// Cuts codes out of a stream, a block at a time.
-template <int kBits, int kKind>
-class Decoder {
- public:
-  explicit Decoder(const Row& row) : stream_(row.stream), mask_(row.mask) {}
+#ifndef EMULATED_AVX512
+// Each from memory by itself: a word that is in a register takes a vector's port on its way to a mask.
+inline __mmask64 mask_at(const uint8_t* word) {
+  __mmask64 mask;
+  asm("kmovq %1, %0" : "=k"(mask) : "m"(*reinterpret_cast<const uint8_t(*)[8]>(word)));
+  return mask;
+}
+inline int64_t bits_at(const uint8_t* word) {
+  int64_t bits;
+  asm("popcntq %1, %0" : "=r"(bits) : "m"(*reinterpret_cast<const uint8_t(*)[8]>(word)) : "cc");
+  return bits;
+}
+#else
+inline __mmask64 mask_at(const uint8_t* word) { return loaded<uint64_t>(word); }
+inline int64_t bits_at(const uint8_t* word) { return bits_in(loaded<uint64_t>(word)); }
+#endif
 
-  // The codes of the next block, as bytes; where none is stored, that of `zeros`. inputs: fewer where a segment ends.
-  __m512i next(__m512i zeros, int64_t inputs = kBlock) {
-    uint64_t word = 0;
-    if constexpr (kKind != kDense) {
-      word = inputs == kBlock ? loaded<uint64_t>(mask_) : beginning(inputs / 8);
-      mask_ += inputs / 8;
-    }
-    const uint64_t stored = kKind == kDense ? inputs : kKind == kHalf ? inputs / 2 : bits_in(word);
-    const uint8_t* const from = stream_ + at_ / (8 * kShift);
-    __m512i codes;
-    if constexpr (kKind == kBitmap)
-      codes = __builtin_expect(stored <= (32 * 8 - 7) / kBits, 1) ? read<32>(from) : read<64>(from);
-    else
-      codes = read<(kKind == kHalf ? kBlock / 2 : kBlock) * kBits / 8 + (kKind == kHalf && kBits == 3)>(from);
-    codes = cut(codes, kKind == kDense || (kKind == kHalf && kBits % 2 == 0) ? 0 : at_ % (8 * kShift));
-    at_ += kBits * kShift * stored;
-    return kKind == kDense ? codes : _mm512_mask_expand_epi8(zeros, word, codes);
-  }
+inline uint64_t mask_at(const uint8_t* from, int64_t inputs) {  // of less than a block
+  uint64_t word = 0;
+  for (int64_t i = 0; i < inputs / 8; ++i) word |= uint64_t(from[i]) << 8 * i;
+  return word;
+}
 
-  // What is read a while later is not waited for then.
-  void prefetch() const {
-    _mm_prefetch(reinterpret_cast<const char*>(stream_ + at_ / (8 * kShift) + kAhead), _MM_HINT_T0);
-    if (kKind != kDense) _mm_prefetch(reinterpret_cast<const char*>(mask_ + kAhead / 2), _MM_HINT_T0);
-  }
+constexpr int64_t kAhead = 8192;  // bytes, about as many as are read while memory answers
+// What does nothing but this is left out by GCC, unless it is inlined early.
+[[gnu::always_inline]] inline void prefetch(const uint8_t* from) {
+  _mm_prefetch(reinterpret_cast<const char*>(from), _MM_HINT_T0);
+}
 
- private:
-  static constexpr int64_t kAhead = 8192;  // bytes, about as many as are read while memory answers
-  static constexpr uint64_t kShift = 64;   // bytes of a table of shifts
-  const uint8_t *stream_, *mask_;
-  uint64_t at_ = 0;  // bits of the stream before the next code, times kShift
+inline __m512i low_bits(__m512i x, int bits) { return _mm512_and_si512(x, _mm512_set1_epi8(char((1 << bits) - 1))); }
 
-  // Codes as bytes. 8 of them are kBits bytes: a lane of 64 bits gets the bytes that 8 codes are in, and they are cut out.
-  static __m512i cut(__m512i stream, uint64_t shifts) {
-    if constexpr (kBits == 8) return stream;
+// 64 codes that begin with a byte, as bytes
+template <int kBits>
+inline __m512i codes_at(const uint8_t* from) {
+  if constexpr (kBits == 8) {
+    return _mm512_loadu_si512(from);
+  } else {
+    // Lanes of 64 bits get the bytes that 8 codes are in; or lanes of 16 or 32 bits those that 2 or 4 are in.
     struct Table {
-      alignas(64) uint8_t bytes[64] = {}, shifts[8][kShift] = {};
+      alignas(64) uint8_t bytes[64] = {}, shifts[64] = {};
       constexpr Table() {
-        for (int i = 0; i < 64; ++i) bytes[i] = uint8_t(i / 8 * kBits + i % 8);
-        for (int begin = 0; begin < 8; ++begin)
-          for (int i = 0; i < 64; ++i) shifts[begin][i] = uint8_t(i % 8 * kBits + begin);
+        constexpr int together = kBits == 4 ? 2 : kBits == 2 ? 4 : 8;
+        for (int i = 0; i < 64; ++i) {
+          bytes[i] = uint8_t(i / 8 * kBits + i % 8);
+          shifts[i] = uint8_t(i % 8 / together * together * 8 + i % together * kBits);
+        }
       }
     };
     static constexpr Table table;
-    const __m512i lanes = _mm512_permutexvar_epi8(_mm512_load_si512(table.bytes), stream);
-    const __m512i codes = _mm512_multishift_epi64_epi8(_mm512_load_si512(table.shifts[0] + shifts), lanes);
-    return _mm512_and_si512(codes, _mm512_set1_epi8((1 << kBits) - 1));
-  }
-
-  // No more than there is need for: what crosses the border of a cache line is read twice.
-  template <int bytes>
-  static __m512i read(const uint8_t* from) {
-    if constexpr (bytes <= 16)
-      return _mm512_castsi128_si512(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
-    else if constexpr (bytes <= 32)
-      return _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+    __m512i lanes;
+    if constexpr (kBits == 4)
+      lanes = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+    else if constexpr (kBits == 2)
+      lanes = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
     else
-      return _mm512_loadu_si512(from);
+      lanes = _mm512_permutexvar_epi8(
+          _mm512_load_si512(table.bytes),
+          _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))));
+    return low_bits(_mm512_multishift_epi64_epi8(_mm512_load_si512(table.shifts), lanes), kBits);
+  }
+}
+
+// The next block's codes of an output of a pair, as bytes; where none is stored, that of `zeros`. Moves `codes` on.
+// kFew: there are seldom more than 32. Half a register is read then, which is less often in two cache lines.
+template <bool kHigh, bool kFew = false>
+inline __m512i paired_codes(const uint8_t*& codes, const uint8_t* mask, __m512i zeros, int64_t inputs) {
+  const bool whole = inputs == kBlock;
+  const __mmask64 there = whole ? mask_at(mask) : mask_at(mask, inputs);
+  const int64_t stored = whole ? bits_at(mask) : bits_in(there);
+  __m512i both;
+  if (kFew && __builtin_expect(stored <= kBlock / 2, 1))
+    both = _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes)));
+  else
+    both = _mm512_loadu_si512(codes);
+  codes += stored;
+  return _mm512_mask_expand_epi8(zeros, there, low_bits(kHigh ? _mm512_srli_epi16(both, 4) : both, 4));
+}
+
+// An output's codes, a block at a time, as bytes; where none is stored, that of `zeros`. inputs: fewer than a block has
+// where a segment ends.
+template <int kBits, int kKind, bool kHigh = false>
+class Codes {
+ public:
+  explicit Codes(const Row& row) : codes_(row.stream), mask_(row.mask) {}
+
+  __m512i next(__m512i zeros, int64_t inputs = kBlock) {
+    if constexpr (kKind == kDense) {
+      const __m512i codes = codes_at<kBits>(codes_);
+      codes_ += inputs * kBits / 8;
+      return codes;
+    } else if constexpr (kKind == kPaired || kKind == kPairedFew) {
+      const __m512i codes = paired_codes<kHigh, kKind == kPairedFew>(codes_, mask_, zeros, inputs);
+      mask_ += inputs / 8;
+      return codes;
+    } else {
+      const uint64_t mask = inputs == kBlock ? loaded<uint64_t>(mask_) : mask_at(mask_, inputs);
+      mask_ += inputs / 8;
+      const __m512i codes = kBits == 8 ? _mm512_loadu_si512(codes_ + at_ / 8) : cut(codes_ + at_ / 8, at_ % 8);
+      at_ += kBits * (kKind == kHalf ? inputs / 2 : bits_in(mask));
+      return _mm512_mask_expand_epi8(zeros, mask, codes);
+    }
   }
 
-  uint64_t beginning(int64_t bytes) const {
-    uint64_t word = 0;
-    for (int64_t i = 0; i < bytes; ++i) word |= uint64_t(mask_[i]) << 8 * i;
-    return word;
+  // What is read a while after segment s of so many inputs is not waited for then.
+  [[gnu::always_inline]] void prefetch_ahead(int64_t s, int64_t inputs) const {
+    for (int64_t at = 0; at < (kKind == kDense ? inputs * kBits / 8 : 1) && !kHigh; at += 64)
+      prefetch(codes_ + at_ / 8 + kAhead + at);
+    if (kKind != kDense && s % 4 == 0) prefetch(mask_ + kAhead / 2);
+  }
+
+ private:
+  const uint8_t *codes_, *mask_;
+  uint64_t at_ = 0;  // bits before the next code, where that may be inside of a byte
+
+  // Codes that begin at a bit of a byte: a lane of 64 bits gets the bytes that 8 of them are in, and they are cut out.
+  static __m512i cut(const uint8_t* from, uint64_t begin) {
+    struct Table {
+      alignas(64) uint8_t bytes[64] = {}, shifts[8][64] = {};
+      constexpr Table() {
+        for (int i = 0; i < 64; ++i) bytes[i] = uint8_t(i / 8 * kBits + i % 8);
+        for (int at = 0; at < 8; ++at)
+          for (int i = 0; i < 64; ++i) shifts[at][i] = uint8_t(i % 8 * kBits + at);
+      }
+    };
+    static constexpr Table table;
+    const __m512i lanes = _mm512_permutexvar_epi8(_mm512_load_si512(table.bytes), _mm512_loadu_si512(from));
+    return low_bits(_mm512_multishift_epi64_epi8(_mm512_load_si512(table.shifts[begin]), lanes), kBits);
   }
 };
+
+class Decoded {  // the same of what has been decoded
+ public:
+  explicit Decoded(const Row& row) : fields_(row.fields) {}
+  __m512i next(__m512i, int64_t = kBlock) {
+    const __m512i codes = _mm512_loadu_si512(fields_);
+    fields_ += kBlock;
+    return codes;
+  }
+  void prefetch_ahead(int64_t, int64_t) const {}
+
+ private:
+  const uint8_t* fields_;
+};
+
+template <class Codes>
+void decode(const Row& row, int bits) {
+  Codes codes(row);
+  for (int64_t s = 0; s < row.segments; ++s) {
+    const __m512i zeros = _mm512_set1_epi8(char(row.zeros ? row.zeros[s] : 1 << (bits - 1)));
+    uint8_t* fields = row.fields + s * row.step;
+    codes.prefetch_ahead(s, row.inputs);
+    for (int64_t b = 0; b < row.inputs / kBlock; ++b, fields += kBlock) _mm512_storeu_si512(fields, codes.next(zeros));
+    if (row.inputs % kBlock) _mm512_storeu_si512(fields, codes.next(zeros, row.inputs % kBlock));
+  }
+}
 
 template <int kBits, int kKind>
 void decode(const Row& given) {
   const Row row = given;  // or each byte that is written might change it, as far as a compiler knows
-  Decoder<kBits, kKind> decoder(row);
-  for (int64_t s = 0; s < row.segments; ++s) {
-    const __m512i zeros = _mm512_set1_epi8(char(row.zeros ? row.zeros[s] : 1 << (kBits - 1)));
-    uint8_t* fields = row.fields + s * row.step;
-    decoder.prefetch();
-    for (int64_t b = 0; b < row.inputs / kBlock; ++b, fields += kBlock)
-      _mm512_storeu_si512(fields, decoder.next(zeros));
-    if (row.inputs % kBlock) _mm512_storeu_si512(fields, decoder.next(zeros, row.inputs % kBlock));
-  }
+  if (kKind == kPaired && row.high)
+    decode<Codes<kBits, kKind, true>>(row, kBits);
+  else
+    decode<Codes<kBits, kKind>>(row, kBits);
 }
 
 #ifndef EMULATED_AVX512
@@ -251,27 +332,33 @@ int with_form(int64_t width, int64_t, int64_t rows, const Run& run) {
 }
 
 // An output's products with M rows of x. scales (M, S): of weights, times those of x where it has some. B: blocks of a
-// segment, if they are whole and few; or 0
-template <class Arithmetic, int kBits, int kKind, int B, int M>
+// segment, if they are whole and few; or 0. kZeros: whether the layer has zero points, or has to be asked for each segment
+enum Zeros { kUsual, kGiven, kAsked };
+template <class Arithmetic, int B, int M, class Codes, Zeros kZeros>
 void products_of(const Row& row, const Activations<Few<Arithmetic>>& x, const float* scales, float* y) {
   constexpr int kParts = Arithmetic::kParts;
-  Decoder<kBits, kKind> decoder(row);
+  Codes codes(row);
   const int64_t blocks = B ? B : x.layer.blocks(), segments = row.segments;
+  const __m512i usual = _mm512_set1_epi32((1 << (x.layer.bits - 1)) * 0x01010101);
+  __m512i zeros = usual, zero = _mm512_and_si512(usual, _mm512_set1_epi32(255));
   Lanes totals[M];
   for (auto& total : totals) total = nothing();
   for (int64_t s = 0; s < segments; ++s) {
-    decoder.prefetch();
-    const int zero_point = row.zeros ? row.zeros[s] : 1 << (kBits - 1);
-    const __m512i zeros = _mm512_set1_epi8(char(zero_point)), zero = _mm512_set1_epi32(zero_point);
+    codes.prefetch_ahead(s, B ? B * kBlock : row.inputs);
+    const bool given = kZeros == kAsked ? row.zeros != nullptr : kZeros == kGiven;
+    if (given) {
+      zeros = _mm512_set1_epi8(char(row.zeros[s]));
+      zero = _mm512_set1_epi32(row.zeros[s]);
+    }
     typename Arithmetic::Part parts[B ? B : kMostBlocks][kParts];
     for (int64_t b = 0; b < blocks; ++b)
-      Arithmetic::split(decoder.next(zeros, B ? kBlock : std::min(kBlock, row.inputs - b * kBlock)), zero, parts[b]);
+      Arithmetic::split(codes.next(zeros, B ? kBlock : std::min(kBlock, row.inputs - b * kBlock)), zero, parts[b]);
 #pragma GCC unroll 4
     for (int64_t m = 0; m < M; ++m) {
       auto sum = typename Arithmetic::Sum();
       if constexpr (Arithmetic::kSteps > 0) {
         sum = _mm512_loadu_si512(&x.sums[(m * segments + s) * kLanes]);
-        if (row.zeros) sum = _mm512_mullo_epi32(sum, zero);
+        if (given) sum = _mm512_mullo_epi32(sum, zero);
       }
       const auto* lanes = reinterpret_cast<const __m512i*>(x.x) + (m * segments + s) * blocks * kParts;
       for (int64_t b = 0; b < blocks; ++b) sum = Arithmetic::add_at(sum, parts[b], lanes + b * kParts);
@@ -279,6 +366,57 @@ void products_of(const Row& row, const Activations<Few<Arithmetic>>& x, const fl
     }
   }
   for (int64_t m = 0; m < M; ++m) y[m * x.layer.outputs] = _mm512_reduce_add_ps(totals[m]);
+}
+
+// The same of a pair of outputs and one row of x. B: 1, 2, or 0 for any number of blocks; scales (2, S); `rows` of one
+// output where there is no second one. Pointers are few and simple, or a compiler puts some of them into vectors.
+template <class Arithmetic, int B, bool kFew, bool kZeros>
+void products_of_pair(const Row* rows, const Activations<Few<Arithmetic>>& x, const float* scales, float* y) {
+  constexpr int kParts = Arithmetic::kParts;
+  const int64_t blocks = B ? B : x.layer.blocks(), segments = rows[0].segments, inputs = rows[0].inputs;
+  const int64_t apart = rows[1].mask - rows[0].mask, zeros_apart = rows[1].zeros - rows[0].zeros;
+  const uint8_t *low = rows[0].stream, *high = rows[1].stream, *mask = rows[0].mask, *zero_points = rows[0].zeros;
+  const auto* of_x = reinterpret_cast<const __m512i*>(x.x);
+  const int32_t* sums_of_x = x.sums.data();
+  const float* const end = scales + segments;
+  const __m512i usual = _mm512_set1_epi32(0x08080808), usual_zero = _mm512_set1_epi32(8);
+  Lanes total[2] = {nothing(), nothing()};
+  for (int64_t s = 0; scales < end; ++scales, ++s) {
+    prefetch(low + kAhead);
+    if (s % 4 == 0) {
+      prefetch(mask + kAhead / 2);
+      prefetch(mask + apart + kAhead / 2);
+    }
+    __m512i zeros[2] = {usual, usual}, zero[2] = {usual_zero, usual_zero};
+    if constexpr (kZeros) {
+      for (int r = 0; r < 2; ++r) {
+        zeros[r] = _mm512_set1_epi8(char(zero_points[r * zeros_apart]));
+        zero[r] = _mm512_set1_epi32(zero_points[r * zeros_apart]);
+      }
+      ++zero_points;
+    }
+    typename Arithmetic::Sum sum[2] = {};
+    if constexpr (Arithmetic::kSteps > 0) {
+      sum[0] = sum[1] = _mm512_loadu_si512(sums_of_x);
+      for (int r = 0; kZeros && r < 2; ++r) sum[r] = _mm512_mullo_epi32(sum[r], zero[r]);
+      sums_of_x += kLanes;
+    }
+    for (int64_t b = 0; b < blocks; ++b) {
+      __m512i x_b[kParts];
+      for (int part = 0; part < kParts; ++part) x_b[part] = of_x[part];
+      of_x += kParts;
+      const int64_t there = B ? kBlock : std::min(kBlock, inputs - b * kBlock);
+      typename Arithmetic::Part parts[kParts];
+      Arithmetic::split(paired_codes<false, kFew>(low, mask, zeros[0], there), zero[0], parts);
+      sum[0] = Arithmetic::add(sum[0], parts, x_b);
+      Arithmetic::split(paired_codes<true, kFew>(high, mask + apart, zeros[1], there), zero[1], parts);
+      sum[1] = Arithmetic::add(sum[1], parts, x_b);
+      mask += there / 8;
+    }
+    total[0] = times_plus(all(scales[0]), numbers(sum[0]), total[0]);
+    total[1] = times_plus(all(scales[segments]), numbers(sum[1]), total[1]);
+  }
+  for (int r = 0; r < 2; ++r) y[r] = _mm512_reduce_add_ps(total[r]);
 }
 
 template <class Form>
@@ -290,45 +428,99 @@ class Worker<Few<Arithmetic>> {
   static constexpr int64_t kTaken = 16;  // outputs at a time
 
   Worker(const Activations<Few<Arithmetic>>& x, float* y)
-      : x_(x), y_(y), output_(x.layer), scales_(x.rows * x.segments) {}
+      : x_(x),
+        y_(y),
+        outputs_{Output(x.layer), Output(x.layer)},
+        scales_(std::max(x.rows, int64_t{2}) * x.segments) {}
 
   void take(int64_t begin, int64_t end) {
-    with_constants(x_.layer.bits, x_.layer.kind, [&](auto bits, auto kind) {
-      switch (x_.layer.segment) {
-        case kBlock: return take_blocks<bits, kind, 1>(begin, end);
-        case 2 * kBlock: return take_blocks<bits, kind, 2>(begin, end);
-        default: return take_blocks<bits, kind, 0>(begin, end);
-      }
-    });
+    switch (x_.layer.segment) {
+      case kBlock: return take_blocks<1>(begin, end);
+      case 2 * kBlock: return take_blocks<2>(begin, end);
+      default: return take_blocks<0>(begin, end);
+    }
   }
 
  private:
   const Activations<Few<Arithmetic>>& x_;
   float* const y_;
-  Output output_;
-  std::vector<float> scales_;  // (M, S)
+  Output outputs_[2];          // two where they are a pair
+  std::vector<float> scales_;  // (M, S) or (2, S)
 
-  template <int kBits, int kKind, int B>
+  template <int B>
   void take_blocks(int64_t begin, int64_t end) {
     switch (x_.rows) {
-      case 1: return take_all<kBits, kKind, B, 1>(begin, end);
-      case 2: return take_all<kBits, kKind, B, 2>(begin, end);
-      case 3: return take_all<kBits, kKind, B, 3>(begin, end);
-      default: return take_all<kBits, kKind, B, 4>(begin, end);
+      case 1: return take_row<B>(begin, end);
+      case 2: return take_rows<B, 2>(begin, end);
+      case 3: return take_rows<B, 3>(begin, end);
+      default: return take_rows<B, 4>(begin, end);
     }
   }
 
-  template <int kBits, int kKind, int B, int M>
-  void take_all(int64_t begin, int64_t end) {
+  template <int B>
+  void take_row(int64_t begin, int64_t end) {
+    switch (x_.layer.kind) {
+      case kPaired: return take_pairs<B, false>(begin, end);
+      case kPairedFew: return take_pairs<B, true>(begin, end);
+      default:
+        with_constants(x_.layer.bits, x_.layer.kind, [&](auto bits, auto kind) {
+          if constexpr (kind == kDense)
+            for (int64_t o = begin; o < end; ++o)
+              if (x_.layer.zeros)
+                take_one<B, 1, Codes<bits, kind>, kGiven>(o);
+              else
+                take_one<B, 1, Codes<bits, kind>, kUsual>(o);
+          else if constexpr (kind != kPaired && bits != 4)
+            for (int64_t o = begin; o < end; ++o) take_one<B, 1, Codes<bits, kind>, kAsked>(o);
+          else
+            for (int64_t o = begin; o < end; ++o) take_one<B, 1, Decoded, kAsked>(o);
+        });
+    }
+  }
+
+  template <int B, int M>
+  void take_rows(int64_t begin, int64_t end) {
+    const Layer& layer = x_.layer;
     for (int64_t o = begin; o < end; ++o) {
-      const Row row = output_.open(o);
-      const float* const scales = output_.scales.data();
-      float* to = scales_.data();
-      for (int64_t m = 0; m < M; ++m, to += row.segments) {
-        const float* const of_x = x_.scales.data() + m * row.segments;
-        for (int64_t s = 0; s < row.segments; ++s) to[s] = Arithmetic::kSteps > 0 ? scales[s] * of_x[s] : scales[s];
+      if (B && layer.kind == kDense && layer.bits == 4)
+        take_one<B, M, Codes<4, kDense>, kAsked>(o);
+      else if (B && layer.kind == kPaired)
+        o % 2 ? take_one<B, M, Codes<4, kPaired, true>, kAsked>(o) : take_one<B, M, Codes<4, kPaired>, kAsked>(o);
+      else if (B && layer.kind == kPairedFew)
+        o % 2 ? take_one<B, M, Codes<4, kPairedFew, true>, kAsked>(o) : take_one<B, M, Codes<4, kPairedFew>, kAsked>(o);
+      else
+        take_one<B, M, Decoded, kAsked>(o);
+    }
+  }
+
+  const float* of_x(int64_t m) const {
+    return Arithmetic::kSteps > 0 ? x_.scales.data() + m * x_.segments : nullptr;
+  }
+
+  template <int B, int M, class Codes, Zeros kZeros>
+  void take_one(int64_t o) {
+    Output& output = outputs_[0];
+    const Row row = std::is_same_v<Codes, Decoded> ? output.decoded(o) : output.locate(o);
+    for (int64_t m = 0; m < M; ++m) output.take_scales(o, of_x(m), &scales_[m * x_.segments]);
+    products_of<Arithmetic, B, M, Codes, kZeros>(row, x_, scales_.data(), y_ + o);
+  }
+
+  template <int B, bool kFew>
+  void take_pairs(int64_t begin, int64_t end) {
+    for (int64_t o = begin; o < end; o += 2) {
+      Row rows[2];
+      float y[2];
+      for (int64_t r = 0; r < 2; ++r) {
+        const int64_t output = std::min(o + r, end - 1);
+        rows[r] = outputs_[r].locate(output);
+        outputs_[r].take_scales(output, of_x(0), &scales_[r * x_.segments]);
       }
-      products_of<Arithmetic, kBits, kKind, B, M>(row, x_, scales_.data(), y_ + o);
+      if (x_.layer.zeros)
+        products_of_pair<Arithmetic, B, kFew, true>(rows, x_, scales_.data(), y);
+      else
+        products_of_pair<Arithmetic, B, kFew, false>(rows, x_, scales_.data(), y);
+      y_[o] = y[0];
+      if (o + 1 < end) y_[o + 1] = y[1];
     }
   }
 };
@@ -490,5 +682,32 @@ class Worker<Many<Arithmetic>> {
     }
   }
 };
+
+// `count` bytes of pairs, of as many bytes of each output's codes.
+inline void pair_codes(
+    const uint8_t* low, int64_t of_low, const uint8_t* high, int64_t of_high, uint8_t* out, int64_t count) {
+  const auto code = [](const uint8_t* from, int64_t bytes, int64_t i) {
+    return i / 2 < bytes ? from[i / 2] >> i % 2 * 4 & 15 : 0;
+  };
+  int64_t i = 0;
+  for (; i + kBlock <= std::min(2 * std::min(of_low, of_high), count); i += kBlock)
+    _mm512_storeu_si512(
+        out + i, _mm512_or_si512(codes_at<4>(low + i / 2), _mm512_slli_epi16(codes_at<4>(high + i / 2), 4)));
+  for (; i < count; ++i) out[i] = uint8_t(code(low, of_low, i) | code(high, of_high, i) << 4);
+}
+
+// `count` bytes of an output's codes, from the bits of its pair's bytes that begin at `shift`.
+inline void unpair_codes(const uint8_t* both, int64_t of_both, int shift, uint8_t* out, int64_t count) {
+  const auto code = [&](int64_t i) { return i < of_both ? both[i] >> shift & 15 : 0; };
+  const __m512i together = _mm512_set1_epi16(0x1001);  // of two neighbours, the first and 16 times the second
+  int64_t i = 0;
+  for (; i + kBlock / 2 <= std::min(count, of_both / 2); i += kBlock / 2) {
+    const __m512i pairs = _mm512_loadu_si512(both + 2 * i);
+    const __m512i codes = low_bits(shift ? _mm512_srli_epi16(pairs, 4) : pairs, 4);
+    _mm256_storeu_si256(
+        reinterpret_cast<__m256i*>(out + i), _mm512_cvtepi16_epi8(_mm512_maddubs_epi16(codes, together)));
+  }
+  for (; i < count; ++i) out[i] = uint8_t(code(2 * i) | code(2 * i + 1) << 4);
+}
 
 }  // namespace

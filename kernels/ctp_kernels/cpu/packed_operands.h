@@ -111,53 +111,73 @@ class Output {
         flipped_(layer.mask && width(layer.bits) == 4),
         step_(layer.blocks() * kBlock * width(layer.bits) / 8),
         per_group_(layer.segments() / layer.groups),
-        zeros_(layer.segments(), uint8_t(1 << (layer.bits - 1))) {}
+        filled_(layer.segments(), uint8_t(1 << (layer.bits - 1))),
+        zeros_(filled_.data()) {}
 
-  // Takes output o's scales and zero points; returns where its codes are, and where they could be decoded to.
-  Row open(int64_t o) {
+  // Where output o's codes are, and where they are decoded to.
+  Row locate(int64_t o) {
     const int64_t groups = layer_.groups;
-    const uint16_t* const halves = layer_.scales + o * groups;
-    const uint8_t* const zeros = layer_.zeros ? layer_.zeros + o * groups : nullptr;
-    if (per_group_ == 1) {
-      int64_t g = 0;
-      for (; g + 8 <= groups; g += 8)
-        _mm256_storeu_ps(&scales[g], _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(halves + g))));
-      for (; g < groups; ++g) scales[g] = _cvtsh_ss(halves[g]);
-      if (zeros) std::copy_n(zeros, groups, zeros_.begin());
-    } else {
-      for (int64_t g = 0; g < groups; ++g) {
-        std::fill_n(scales.begin() + g * per_group_, per_group_, _cvtsh_ss(halves[g]));
-        if (zeros) std::fill_n(zeros_.begin() + g * per_group_, per_group_, zeros[g]);
+    if (layer_.zeros) {
+      zeros_ = layer_.zeros + o * groups;
+      if (per_group_ > 1) {
+        for (int64_t s = 0; s < layer_.segments(); ++s) filled_[s] = zeros_[s / per_group_];
+        zeros_ = filled_.data();
       }
     }
-    const uint8_t* from = layer_.codes + layer_.starts[o];
-    const int64_t needed = layer_.inputs * layer_.bits / 8 + kBeyond, there = layer_.bytes - layer_.starts[o];
+    const uint8_t* from = layer_.codes + layer_.start(o);
+    const int64_t bits = layer_.paired() ? 8 : layer_.bits;  // that a code takes in the stream
+    const int64_t needed = layer_.inputs * bits / 8 + kBeyond, there = layer_.bytes - layer_.start(o);
     if (!stored_ && there < needed) {  // nothing is read behind the last code, whatever the mask says
       copy_.assign(needed, 0);
       if (there > 0) std::memcpy(copy_.data(), from, there);
       from = copy_.data();
     }
-    const uint8_t* mask = layer_.mask ? layer_.mask + o * layer_.inputs / 8 : nullptr;
-    return {from, mask, zeros ? zeros_.data() : nullptr, layer_.segments(), layer_.segment, step_, buffer_.get()};
+    const uint8_t* const mask = layer_.mask ? layer_.mask + o * layer_.inputs / 8 : nullptr;
+    return {from,  mask,    layer_.zeros ? zeros_ : nullptr,   layer_.segments(), layer_.segment,
+            step_, fields_, layer_.paired() && o % 2 > 0};
   }
 
-  // Decodes its codes, too, unless they are stored as they would be decoded.
-  void take(int64_t o) {
-    if (!stored_ && !buffer_) buffer_.reset(new uint8_t[layer_.segments() * step_]);
-    const Row row = open(o);
-    fields_ = stored_ ? row.stream : row.fields;
-    if (!stored_)
+  // Output o's scales, times those of x where they are given, (S) each.
+  void take_scales(int64_t o, const float* of_x, float* to) const {
+    const int64_t groups = layer_.groups, segments = layer_.segments();
+    const uint16_t* const halves = layer_.scales + o * groups;
+    int64_t s = 0;
+    for (; per_group_ == 1 && s + 8 <= segments; s += 8) {
+      const auto eight = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(halves + s)));
+      _mm256_storeu_ps(to + s, of_x ? _mm256_mul_ps(eight, _mm256_loadu_ps(of_x + s)) : eight);
+    }
+    for (; s < segments; ++s) to[s] = _cvtsh_ss(halves[s / per_group_]) * (of_x ? of_x[s] : 1);
+  }
+
+  // As `locate`, with fields: its codes are decoded, unless they are stored as they would be.
+  Row decoded(int64_t o) {
+    if (!stored_ && !fields_) {
+      buffer_.reset(new uint8_t[layer_.segments() * step_ + 64]);
+      fields_ = reinterpret_cast<uint8_t*>((reinterpret_cast<uintptr_t>(buffer_.get()) + 63) / 64 * 64);
+    }
+    Row row = locate(o);
+    if (stored_)
+      row.fields = const_cast<uint8_t*>(row.stream);  // which are only read
+    else
       with_constants(layer_.bits, layer_.kind, [&](auto bits, auto kind) { decode<bits, kind>(row); });
+    taken_ = row.fields;
+    return row;
+  }
+
+  // That, and its scales.
+  void take(int64_t o) {
+    decoded(o);
+    take_scales(o, nullptr, scales.data());
   }
 
   uint8_t zero(int64_t s) const { return zeros_[s]; }
-  const uint8_t* fields() const { return fields_; }
+  const uint8_t* fields() const { return taken_; }
   Segment segment(int64_t s) const {
-    return {fields_ + s * step_, zeros_[s], uint8_t(flipped_ ? zeros_[s] * 17 : 0)};
+    return {taken_ + s * step_, zeros_[s], uint8_t(flipped_ ? zeros_[s] * 17 : 0)};
   }
 
   uint8_t code(int64_t s, int64_t k) const {
-    const uint8_t* const fields = fields_ + s * step_;
+    const uint8_t* const fields = taken_ + s * step_;
     return width(layer_.bits) == 8 ? fields[k] : (fields[k / 2] >> 4 * (k % 2) & 15) ^ (flipped_ ? zeros_[s] : 0);
   }
 
@@ -165,9 +185,11 @@ class Output {
   const Layer& layer_;
   const bool stored_, flipped_;  // as fields are; by zero points
   const int64_t step_, per_group_;
-  std::vector<uint8_t> zeros_, copy_;
+  std::vector<uint8_t> filled_, copy_;  // zero points of segments
+  const uint8_t* zeros_;
   std::unique_ptr<uint8_t[]> buffer_;
-  const uint8_t* fields_ = nullptr;
+  uint8_t* fields_ = nullptr;  // in it, where a cache line begins
+  const uint8_t* taken_ = nullptr;
 };
 
 }  // namespace

@@ -1,5 +1,7 @@
 """Products that decode in registers, against float64 and against what rounding x may change."""
 
+import copy
+import pickle
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -60,7 +62,7 @@ def check(parts: PackedParts, x_MK: torch.Tensor, rows: tuple[int, ...] = ()) ->
     for way in (product, *INTEGERS):
         assert torch.equal(way(x_MK, layer), way(x_MK.float(), layer).to(x_MK.dtype)), "rounded once, as PyTorch does"
     if layer.parts.mask is not None:
-        assert torch.equal(dense_codes(layer), with_zero_points(layer.parts))
+        assert torch.equal(dense_codes(layer), with_zero_points(layer.unpaired))
 
 
 def with_zero_points(parts: PackedParts) -> torch.Tensor:
@@ -166,6 +168,56 @@ def test_a_run_or_a_block_of_stored_codes_that_begins_inside_of_a_byte(inputs: i
         codes=pack_kept(codes, keep, 4), scales=torch.ones(3, inputs // 64).half(), bits=4, mask=pack_bits(keep)
     )
     check(parts, torch.randn(6, inputs, generator=generator), rows=(1, 6))
+
+
+def pairs_are_taken() -> bool:
+    library = packed._library()
+    return library is not None and bool(library.packed_takes_pairs())
+
+
+@pytest.mark.parametrize(("density", "few"), [(0.0, True), (0.25, True), (0.375, True), (0.5, False), (1.0, False)])
+@pytest.mark.parametrize("outputs", [1, 2, 39, 40])
+def test_pairs_of_outputs_come_apart_as_they_were(outputs: int, density: float, few: bool) -> None:
+    if not pairs_are_taken():
+        pytest.skip("codes are laid out in pairs with AVX-512 alone")
+    generator = torch.Generator().manual_seed(outputs)
+    codes = torch.randint(0, 16, (outputs, 1024), generator=generator).to(torch.uint8)
+    keep = torch.rand(outputs, 1024, generator=generator) < density
+    keep[-1] = outputs % 2 == 0 or density > 0  # of the last pair one output has all codes, or there is but one
+    parts = PackedParts(
+        codes=pack_kept(codes, keep, 4), scales=torch.ones(outputs, 8).half(), bits=4, mask=pack_bits(keep)
+    )
+    layer = PackedLayer.of(parts)
+    assert layer.pairs_P is not None and layer.own
+    # each takes a byte where either of both has a code
+    kept_P = [int(keep[o : o + 2].sum(1).max()) for o in range(0, outputs, 2)]
+    assert layer.pairs_P.diff().tolist() == kept_P and layer.parts.codes.numel() == sum(kept_P)
+    for again in (layer, copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert torch.equal(again.stored(None).codes, parts.codes)
+        assert torch.equal(again.parts.codes, layer.parts.codes)
+    if outputs > 2:
+        assert (layer._kind == packed._PAIRED_FEW) == few
+
+
+def test_what_was_pickled_is_multiplied_where_there_are_no_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not pairs_are_taken():
+        pytest.skip("codes are laid out in pairs with AVX-512 alone")
+    parts = random_parts("8:16", bits=4, outputs=40, inputs=256, groups=2, symmetric=False)
+    layer, x = PackedLayer.of(parts), torch.randn(3, 256)
+    written = pickle.dumps(layer)
+    monkeypatch.setattr(build, "cpu_features", lambda: frozenset(AVX2_F16C.needs))
+    build.load.cache_clear()
+    try:
+        elsewhere = pickle.loads(written)
+        assert elsewhere.pairs_P is None and not elsewhere.own
+        close(
+            product(x, elsewhere),
+            x.double() @ reference.decode(parts).T,
+            x.double().abs() @ reference.decode(parts).abs().T,
+            3e-7,
+        )
+    finally:
+        build.load.cache_clear()
 
 
 @pytest.mark.parametrize("bits", [4, 8])
