@@ -1,5 +1,8 @@
 """`--packed`: quantized checkpoints of every format stay packed in memory, and compute what their dense twins do."""
 
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -155,3 +158,39 @@ def test_a_prompt_learned_through_packed_layers(tmp_path: Path, monkeypatch: pyt
         found.append((report.unprompted_perplexity, report.best_perplexity))
     assert loaded == [False, True]
     assert found[1] == pytest.approx(found[0], rel=1e-4)
+
+
+def test_threads_multiply_while_another_one_saves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CTP_DENSE_CODES", "1")  # a form that saving has to undo
+    model = load_model(compressed("llama_tied_gqa", tmp_path, sparsity=0.5), packed=True)
+    stored = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    ids = torch.randint(3, VOCAB_SIZE, (1, 5), generator=torch.Generator().manual_seed(7))
+    with torch.no_grad():
+        wanted = model(ids).logits
+    saved, done = 0, threading.Event()
+
+    def multiply() -> int:
+        times = 0
+        with torch.no_grad():
+            while not done.is_set():
+                assert torch.equal(model(ids).logits, wanted)
+                times += 1
+        return times
+
+    switching = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(2) as pool:
+            multiplying = [pool.submit(multiply) for _ in range(2)]
+            try:
+                while saved < 40 and not any(other.done() for other in multiplying):
+                    found = model.state_dict()
+                    assert found.keys() == stored.keys()
+                    assert all(torch.equal(found[name], tensor) for name, tensor in stored.items())
+                    saved += 1
+            finally:
+                done.set()
+            assert all(other.result() > 0 for other in multiplying)
+    finally:
+        sys.setswitchinterval(switching)
+    assert saved == 40
