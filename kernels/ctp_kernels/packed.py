@@ -188,7 +188,7 @@ def product(x: Tensor, layer: PackedLayer) -> Tensor:
 
 
 def product_int16(x: Tensor, layer: PackedLayer) -> Tensor:
-    """As `product`, with x rounded to a step of 1 / 32767 of the largest in each run of at most 128 inputs.
+    """As `product`, with x rounded to a step of 1 / 32639 of the largest in each run of at most 128 inputs.
 
     That is at most 1e-4 of such a run's norm, and 3e-5 for values of a normal distribution; bfloat16 itself rounds to
     2e-3, float16 to 2e-4. A run of values below 1e-30 is taken as zeros. Products of integers are summed without

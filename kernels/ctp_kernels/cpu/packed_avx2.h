@@ -230,7 +230,7 @@ struct BytesOfNibbles {
 // Sixteen lanes of 16 bits with four fields each.
 struct WordsOfNibbles {
   using X = int16_t;
-  static constexpr float kSteps = 32767;
+  static constexpr float kSteps = kWordSteps;
   using Sum = Integers;
   static void place(const int16_t* x, X* out) {
     for (int64_t k = 0; k < kBlock; ++k) out[k % 4 * 16 + k / 4] = x[k];
@@ -301,7 +301,7 @@ struct Widened {
   }
 };
 
-using WordsOfBytes = Widened<32767>;
+using WordsOfBytes = Widened<kWordSteps>;
 using BytesOfBytes = Widened<127>;
 
 }  // namespace

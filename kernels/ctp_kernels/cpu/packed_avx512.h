@@ -200,25 +200,21 @@ inline __m512i dot_bytes(__m512i sum, __m512i codes, const __m512i* x) {
   asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(codes), "m"(*x));
   return sum;
 }
-inline __m512i dot_words(__m512i sum, __m512i codes, const __m512i* x) {
-  asm("vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(codes), "m"(*x));
-  return sum;
-}
 #else
 inline __m512i dot_bytes(__m512i sum, __m512i codes, __m512i x) { return _mm512_dpbusd_epi32(sum, codes, x); }
 inline __m512i dot_words(__m512i sum, __m512i codes, __m512i x) { return _mm512_dpwssd_epi32(sum, codes, x); }
 inline __m512i dot_bytes(__m512i sum, __m512i codes, const __m512i* x) { return dot_bytes(sum, codes, *x); }
-inline __m512i dot_words(__m512i sum, __m512i codes, const __m512i* x) { return dot_words(sum, codes, *x); }
 #endif
 
 // How x is held and multiplied. A quad of it takes kParts lanes. `spread` makes those of a block, parts of a quad `apart`
-// lanes from each other; `add` multiplies all parts.
+// lanes from each other; `split` makes codes what `add` multiplies all parts with; `from` is a sum to begin with.
 struct Bytes {
   using X = int8_t;
   static constexpr float kSteps = 127;
-  static constexpr int kParts = 1;
+  static constexpr int kParts = 1, kCodes = 1;
   using Part = __m512i;
   using Sum = __m512i;
+  static Sum from(__m512i sum) { return sum; }
   static void spread(const int16_t* x, X* out, int64_t) { std::copy(x, x + kBlock, out); }
   static __m512i sums(const X* lanes) {
     return dot_bytes(_mm512_setzero_si512(), _mm512_set1_epi8(1), _mm512_loadu_si512(lanes));
@@ -228,10 +224,46 @@ struct Bytes {
   static Sum add_at(Sum sum, const Part* codes, const __m512i* x) { return dot_bytes(sum, codes[0], x); }
 };
 
-struct Words {
+// 16 bits as 256 times one byte and another one, both with a sign, so that codes are multiplied as they are decoded
+struct Halves {
+  using X = int16_t;  // the first ones of a block, then the others
+  static constexpr float kSteps = kWordSteps;
+  static constexpr int kParts = 2, kCodes = 1;
+  using Part = __m512i;
+  struct Sum {
+    __m512i high, low;
+  };
+  static Sum from(__m512i sum) { return {_mm512_setzero_si512(), sum}; }
+  static void spread(const int16_t* x, X* out, int64_t) {
+    int8_t bytes[2 * kBlock];
+    for (int64_t k = 0; k < kBlock; ++k) {
+      const int high = (x[k] + 128) >> 8;
+      bytes[k] = int8_t(high);
+      bytes[kBlock + k] = int8_t(x[k] - 256 * high);
+    }
+    std::memcpy(out, bytes, sizeof bytes);
+  }
+  static __m512i sums(const X* lanes) {
+    const __m512i ones = _mm512_set1_epi8(1);
+    const __m512i of_high = dot_bytes(_mm512_setzero_si512(), ones, _mm512_loadu_si512(lanes));
+    return dot_bytes(_mm512_slli_epi32(of_high, 8), ones, _mm512_loadu_si512(lanes + kBlock / 2));
+  }
+  static void split(__m512i codes, __m512i, Part* parts) { parts[0] = codes; }
+  static Sum add(Sum sum, const Part* codes, const __m512i* x) {
+    return {dot_bytes(sum.high, codes[0], x[0]), dot_bytes(sum.low, codes[0], x[1])};
+  }
+  static Sum add_at(Sum sum, const Part* codes, const __m512i* x) {
+    return {dot_bytes(sum.high, codes[0], x), dot_bytes(sum.low, codes[0], x + 1)};
+  }
+};
+inline Lanes numbers(Halves::Sum sum) {
+  return numbers(_mm512_add_epi32(_mm512_slli_epi32(sum.high, 8), sum.low));
+}
+
+struct Words {  // for many rows, where Halves' sums would need twice the registers
   using X = int16_t;
-  static constexpr float kSteps = 32767;
-  static constexpr int kParts = 2;
+  static constexpr float kSteps = kWordSteps;
+  static constexpr int kParts = 2, kCodes = 2;
   using Part = __m512i;
   using Sum = __m512i;
   static void spread(const int16_t* x, X* out, int64_t apart) {
@@ -252,17 +284,15 @@ struct Words {
   static Sum add(Sum sum, const Part* codes, const __m512i* x) {
     return dot_words(dot_words(sum, codes[0], x[0]), codes[1], x[1]);
   }
-  static Sum add_at(Sum sum, const Part* codes, const __m512i* x) {
-    return dot_words(dot_words(sum, codes[0], x), codes[1], x + 1);
-  }
 };
 
 struct Floats {
   using X = float;
   static constexpr float kSteps = 0;  // x is as it is
-  static constexpr int kParts = 4;
+  static constexpr int kParts = 4, kCodes = 4;
   using Part = Lanes;
   using Sum = Lanes;
+  static Sum from(__m512i) { return nothing(); }
   static void spread(const float* x, X* out, int64_t apart) {
     const int64_t next = apart == 1 ? 4 : 1;
     for (int64_t quad = 0; quad < kLanes; ++quad)
@@ -327,7 +357,7 @@ constexpr int64_t kMostBlocks = 32;  // of a segment
 // run(Form()) with the form for such a product
 template <typename Run>
 int with_form(int64_t width, int64_t, int64_t rows, const Run& run) {
-  if (rows <= kFewRows) return width == 8 ? run(Few<Bytes>()) : width == 16 ? run(Few<Words>()) : run(Few<Floats>());
+  if (rows <= kFewRows) return width == 8 ? run(Few<Bytes>()) : width == 16 ? run(Few<Halves>()) : run(Few<Floats>());
   return width == 8 ? run(Many<Bytes>()) : width == 16 ? run(Many<Words>()) : run(Many<Floats>());
 }
 
@@ -350,16 +380,17 @@ void products_of(const Row& row, const Activations<Few<Arithmetic>>& x, const fl
       zeros = _mm512_set1_epi8(char(row.zeros[s]));
       zero = _mm512_set1_epi32(row.zeros[s]);
     }
-    typename Arithmetic::Part parts[B ? B : kMostBlocks][kParts];
+    typename Arithmetic::Part parts[B ? B : kMostBlocks][Arithmetic::kCodes];
     for (int64_t b = 0; b < blocks; ++b)
       Arithmetic::split(codes.next(zeros, B ? kBlock : std::min(kBlock, row.inputs - b * kBlock)), zero, parts[b]);
 #pragma GCC unroll 4
     for (int64_t m = 0; m < M; ++m) {
-      auto sum = typename Arithmetic::Sum();
+      __m512i of_x = _mm512_setzero_si512();
       if constexpr (Arithmetic::kSteps > 0) {
-        sum = _mm512_loadu_si512(&x.sums[(m * segments + s) * kLanes]);
-        if (given) sum = _mm512_mullo_epi32(sum, zero);
+        of_x = _mm512_loadu_si512(&x.sums[(m * segments + s) * kLanes]);
+        if (given) of_x = _mm512_mullo_epi32(of_x, zero);
       }
+      auto sum = Arithmetic::from(of_x);
       const auto* lanes = reinterpret_cast<const __m512i*>(x.x) + (m * segments + s) * blocks * kParts;
       for (int64_t b = 0; b < blocks; ++b) sum = Arithmetic::add_at(sum, parts[b], lanes + b * kParts);
       totals[m] = times_plus(all(scales[m * segments + s]), numbers(sum), totals[m]);
@@ -395,18 +426,19 @@ void products_of_pair(const Row* rows, const Activations<Few<Arithmetic>>& x, co
       }
       ++zero_points;
     }
-    typename Arithmetic::Sum sum[2] = {};
+    __m512i beginning[2] = {};
     if constexpr (Arithmetic::kSteps > 0) {
-      sum[0] = sum[1] = _mm512_loadu_si512(sums_of_x);
-      for (int r = 0; kZeros && r < 2; ++r) sum[r] = _mm512_mullo_epi32(sum[r], zero[r]);
+      beginning[0] = beginning[1] = _mm512_loadu_si512(sums_of_x);
+      for (int r = 0; kZeros && r < 2; ++r) beginning[r] = _mm512_mullo_epi32(beginning[r], zero[r]);
       sums_of_x += kLanes;
     }
+    typename Arithmetic::Sum sum[2] = {Arithmetic::from(beginning[0]), Arithmetic::from(beginning[1])};
     for (int64_t b = 0; b < blocks; ++b) {
       __m512i x_b[kParts];
       for (int part = 0; part < kParts; ++part) x_b[part] = of_x[part];
       of_x += kParts;
       const int64_t there = B ? kBlock : std::min(kBlock, inputs - b * kBlock);
-      typename Arithmetic::Part parts[kParts];
+      typename Arithmetic::Part parts[Arithmetic::kCodes];
       Arithmetic::split(paired_codes<false, kFew>(low, mask, zeros[0], there), zero[0], parts);
       sum[0] = Arithmetic::add(sum[0], parts, x_b);
       Arithmetic::split(paired_codes<true, kFew>(high, mask + apart, zeros[1], there), zero[1], parts);
@@ -657,7 +689,7 @@ class Worker<Many<Arithmetic>> {
     const __m512i* codes = &codes_[block * kLanes * kTiles];
     constexpr int64_t wide = Many<Arithmetic>::kWide;
     for (int64_t quad = 0; quad < blocks * kLanes; ++quad, codes += kTiles, x += kParts * rows_ * wide) {
-      typename Arithmetic::Part parts[kTiles][kParts];
+      typename Arithmetic::Part parts[kTiles][Arithmetic::kCodes];
 #pragma GCC unroll 2
       for (int t = 0; t < kTiles; ++t) Arithmetic::split(codes[t], zeros[t], parts[t]);
 #pragma GCC unroll 8

@@ -16,6 +16,7 @@
 
 namespace {
 
+constexpr int kWordSteps = 127 * 257;  // of 16-bit x: the largest number of steps whose two bytes both have a sign
 enum Type { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };  // of x and of y
 
 void widen(const uint16_t* from, int64_t count, Type type, float* to) {
