@@ -199,6 +199,15 @@ def test_pairs_of_outputs_come_apart_as_they_were(outputs: int, density: float, 
         assert (layer._kind == packed._PAIRED_FEW) == few
 
 
+def test_a_block_with_more_codes_than_the_others() -> None:
+    generator = torch.Generator().manual_seed(0)
+    keep = torch.rand(6, 2048, generator=generator) < 0.25
+    keep[1, 64:128] = keep[4, 1024:1088] = True  # of 192 blocks, so seldom
+    codes = torch.randint(0, 16, keep.shape, generator=generator).to(torch.uint8)
+    parts = PackedParts(codes=pack_kept(codes, keep, 4), scales=torch.ones(6, 16).half(), bits=4, mask=pack_bits(keep))
+    check(parts, torch.randn(4, 2048, generator=generator), rows=(1, 2, 4))
+
+
 def test_what_was_pickled_is_multiplied_where_there_are_no_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
     if not pairs_are_taken():
         pytest.skip("codes are laid out in pairs with AVX-512 alone")
