@@ -8,8 +8,8 @@ vocabulary of 32,000 (22 blocks of width 2,048), and the same pruned to 50% with
 runs in a process of its own, in turn, so that a machine that slows down slows all of them:
 
 - transformers in bfloat16 and in float32, as it comes;
-- the packed checkpoint as ctp chooses, and with pruned layers as they are stored, where it makes dense
-  codes of them; both with activations rounded to 8 bits, too;
+- the packed checkpoint as ctp chooses, with pruned layers as dense codes, and with none so, each with
+  activations rounded to 8 bits, too;
 - llama.cpp on a GGUF file, where --gguf is given and llama-cpp-python is installed (the embedded model's file is Q4_1).
 
 The time of the tokens after the first counts. Memory is the process's peak resident size after the model was loaded.
@@ -43,6 +43,8 @@ DTYPES = {"transformers bfloat16": torch.bfloat16, "transformers float32": torch
 PACKED = {
     "ctp packed": {},
     "ctp packed, x in 8 bits": {"CTP_INT8_ACTIVATIONS": "1"},
+    "ctp packed, dense codes": {"CTP_DENSE_CODES": "1"},
+    "ctp packed, dense codes, x in 8 bits": {"CTP_DENSE_CODES": "1", "CTP_INT8_ACTIVATIONS": "1"},
     "ctp packed, as stored": {"CTP_DENSE_CODES": "0"},
     "ctp packed, as stored, x in 8 bits": {"CTP_DENSE_CODES": "0", "CTP_INT8_ACTIVATIONS": "1"},
 }
@@ -127,7 +129,9 @@ def measured(given: argparse.Namespace) -> dict[str, float]:
 def check_ways(model: Any, name: str) -> None:
     """Raises RuntimeError if products are not made as the competitor's name says."""
     for layer in (module for module in model.modules() if isinstance(module, PackedLinear)):
-        if layer.int8_activations != ("8 bits" in name) or ("as stored" in name and layer.dense_codes_on):
+        dense = bool(layer.dense_codes_on)
+        wrong = ("as stored" in name and dense) or ("dense codes" in name and not dense)
+        if wrong or layer.int8_activations != ("8 bits" in name):
             raise RuntimeError(f"{name}: int8_activations={layer.int8_activations}, {layer.dense_codes_on=}")
 
 

@@ -131,8 +131,8 @@ class PackedLayer:
 
     def _paired(self) -> "PackedLayer":
         """Itself, or in pairs where those are multiplied with."""
-        library, parts = _library(), self.parts
-        if parts.mask is None or parts.bits != 4 or library is None or not library.packed_takes_pairs():
+        parts = self.parts
+        if parts.mask is None or not takes_pairs(parts):
             return self
         kept_NB = bits_set(parts.mask)
         kept_P = nn.functional.pad(kept_NB.sum(1), (0, len(kept_NB) % 2)).view(-1, 2).amax(1)
@@ -154,6 +154,12 @@ class PackedLayer:
 def available() -> bool:
     """Whether this processor and its compiler can run these products."""
     return _library() is not None
+
+
+def takes_pairs(parts: PackedParts) -> bool:
+    """Whether codes of such a layer, which may be on the meta device, are multiplied as those of pairs of outputs."""
+    library = _library()
+    return parts.mask is not None and parts.bits == 4 and library is not None and bool(library.packed_takes_pairs())
 
 
 def refusal(parts: PackedParts) -> str:

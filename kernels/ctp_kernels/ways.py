@@ -84,11 +84,11 @@ def explain(
 def dense_codes_pay(parts: PackedParts, *, device: torch.device | str) -> int:
     """Bytes that `dense_codes` would add, if it made products with such a layer faster on `device`; else 0.
 
-    On CPUs it does: expanding codes takes longer than reading more of them (docs/kernels.md has times). GPUs differ too
-    much to say. `parts` as in `explain`.
+    On CPUs it does where cutting codes out and expanding them takes longer than reading more of them: not where pairs
+    of outputs share bytes (docs/kernels.md has times). GPUs differ too much to say. `parts` as in `explain`.
     """
     decoding = explain(parts, device=device, dtype=torch.float32, rows=1).way == PACKED
-    if parts.mask is None or not decoding:
+    if parts.mask is None or not decoding or packed.takes_pairs(parts):
         return 0
     return densified.described(parts).codes.numel() - parts.codes.numel()
 

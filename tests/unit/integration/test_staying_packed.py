@@ -85,12 +85,14 @@ def test_how_products_are_made_can_be_told_wherever_a_model_comes_from(
 
 
 @pytest.mark.parametrize(
-    ("decoding", "free_share", "dense"), [(True, 2.0, True), (True, 1.99, False), (False, 1e9, False)]
+    ("decoding", "pairs", "free_share", "dense"),
+    [(True, False, 2.0, True), (True, False, 1.99, False), (True, True, 1e9, False), (False, False, 1e9, False)],
 )
 def test_pruned_layers_are_multiplied_as_dense_codes_where_that_pays_and_memory_is_free(
-    decoding: bool, free_share: float, dense: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    decoding: bool, pairs: bool, free_share: float, dense: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = compressed("llama_tied_gqa", tmp_path, sparsity=0.5)
+    monkeypatch.setattr(dispatch.packed, "takes_pairs", lambda _: pairs)
     monkeypatch.delenv("CTP_DENSE_CODES", raising=False)
     monkeypatch.setattr(dispatch.packed, "available", lambda: decoding)
     tensors = {name: tensor for file in path.glob("*.safetensors") for name, tensor in load_file(file).items()}

@@ -170,16 +170,16 @@ def test_a_run_or_a_block_of_stored_codes_that_begins_inside_of_a_byte(inputs: i
     check(parts, torch.randn(6, inputs, generator=generator), rows=(1, 6))
 
 
-def pairs_are_taken() -> bool:
-    library = packed._library()
-    return library is not None and bool(library.packed_takes_pairs())
+needs_pairs = pytest.mark.skipif(
+    not packed.takes_pairs(random_parts("8:16", bits=4, outputs=40, inputs=256, groups=2, symmetric=True)),
+    reason="codes are laid out in pairs with AVX-512 alone",
+)
 
 
+@needs_pairs
 @pytest.mark.parametrize(("density", "few"), [(0.0, True), (0.25, True), (0.375, True), (0.5, False), (1.0, False)])
 @pytest.mark.parametrize("outputs", [1, 2, 39, 40])
 def test_pairs_of_outputs_come_apart_as_they_were(outputs: int, density: float, few: bool) -> None:
-    if not pairs_are_taken():
-        pytest.skip("codes are laid out in pairs with AVX-512 alone")
     generator = torch.Generator().manual_seed(outputs)
     codes = torch.randint(0, 16, (outputs, 1024), generator=generator).to(torch.uint8)
     keep = torch.rand(outputs, 1024, generator=generator) < density
@@ -208,9 +208,8 @@ def test_a_block_with_more_codes_than_the_others() -> None:
     check(parts, torch.randn(4, 2048, generator=generator), rows=(1, 2, 4))
 
 
+@needs_pairs
 def test_what_was_pickled_is_multiplied_where_there_are_no_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
-    if not pairs_are_taken():
-        pytest.skip("codes are laid out in pairs with AVX-512 alone")
     parts = random_parts("8:16", bits=4, outputs=40, inputs=256, groups=2, symmetric=False)
     layer, x = PackedLayer.of(parts), torch.randn(3, 256)
     written = pickle.dumps(layer)
