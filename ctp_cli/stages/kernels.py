@@ -147,7 +147,9 @@ def _measure(
 
 def _tune(shapes: Sequence[LayerShape], device: str, generator: torch.Generator, progress: Progress) -> None:
     made = (
-        from_parts(rooflines.random_layer(shape, kind, generator, device=device)) for shape in shapes for kind in KINDS
+        from_parts(rooflines.random_layer(shape, kind, generator, device=device))
+        for shape in shapes
+        for kind in rooflines.LAYOUTS
     )
     weights = {layer_key(weight): weight for weight in made}  # 2:4 has the layout of 8:16
     progress.start("tuning", len(weights))

@@ -25,16 +25,21 @@ from torch.nn import functional
 
 from ctp_kernels import dispatch, onnx_product
 from ctp_kernels.profiling import Quartiles
-from ctp_kernels.ragged import row_starts
+from ctp_kernels.ragged import pack_bits, row_starts
 from ctp_kernels.reference import PackedParts
 
-KINDS = ("dense", "2:4", "8:16", "bitmap")
+LAYOUTS = ("dense", "2:4", "8:16", "bitmap")
+"""The last three with half of the weights."""
+_SPARSER = {"bitmap, 62.5% pruned": 0.375, "bitmap, 75% pruned": 0.25}
+"""What they keep."""
+KINDS = (*LAYOUTS, *_SPARSER)
 BATCHES = (1, 4, 16, 64)
 """Rows of x."""
 GPU_BYTES_PER_S = {"A100": 2.0e12, "H100": 3.35e12, "RTX 4090": 1.0e12}
 """Memory bandwidths as their makers state them, rounded."""
-_SAMPLE_S = 2e-3
-"""A sample is as many products as take about this long, one at least; on GPUs one with each copy at least."""
+_SAMPLE_S = 1e-2
+"""A sample is as many products as take about this long, one at least; on GPUs one with each copy at least. The first ones
+wait for what was written before to leave the caches: of one product in 2 ms samples, they took a fifth longer."""
 _QUIET_S = 0.05
 """Before a sample with several threads: those of the product before, OpenMP's or ONNX Runtime's, spin for a while.
 Waited for busily: where a thread slept, Linux may wake all on its processor, and part them a few milliseconds later."""
@@ -223,9 +228,9 @@ def predictions(shapes: Sequence[LayerShape], *, rows: int = 1) -> tuple[Predict
 
 
 def described(shape: LayerShape, kind: str, *, bits: int = 4) -> PackedParts:
-    """Parts of a layer of this kind on the meta device, for `ways.explain`; half of its weights are kept."""
+    """Parts of a layer of this kind on the meta device, for `ways.explain`."""
     outputs, inputs = shape.outputs, shape.inputs
-    stored = inputs if kind == "dense" else inputs // 2
+    stored = inputs if kind == "dense" else int(inputs * _SPARSER.get(kind, 0.5))
     return PackedParts(
         codes=torch.empty(outputs * ((stored * bits + 7) // 8), dtype=torch.uint8, device="meta"),
         scales=torch.empty(outputs, inputs // shape.group_size, dtype=torch.float16, device="meta"),
@@ -237,7 +242,7 @@ def described(shape: LayerShape, kind: str, *, bits: int = 4) -> PackedParts:
 def random_layer(
     shape: LayerShape, kind: str, generator: torch.Generator, *, bits: int = 4, device: torch.device | str = "cpu"
 ) -> PackedParts:
-    """A layer of this kind with random codes, symmetric; a bitmap keeps about half of the weights.
+    """A layer of this kind with random codes, symmetric; a bitmap keeps about what it should.
 
     The generator is one of the CPU's.
     Raises: ValueError for inputs that are no multiple of 16.
@@ -406,6 +411,8 @@ def _random_mask(kind: str, outputs: int, inputs: int, generator: torch.Generato
     """(N, K / 8) uint8."""
     if kind == "bitmap":
         return torch.randint(0, 256, (outputs, inputs // 8), dtype=torch.uint8, generator=generator)
+    if kind in _SPARSER:
+        return pack_bits(torch.rand(outputs, inputs, generator=generator) < _SPARSER[kind])
     n, m = map(int, kind.split(":"))
     runs = [pattern for pattern in range(1 << m) if pattern.bit_count() == n]
     units = runs if m == 16 else [low | high << 4 for low in runs for high in runs]

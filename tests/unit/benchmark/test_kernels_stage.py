@@ -43,8 +43,8 @@ def test_an_artifact_with_times_figure_and_manifest(llama: Path) -> None:
     written = json.loads(Path("tiny-kernels/kernels.json").read_text())
     assert {f"{row['outputs']} x {row['inputs']}" for row in written["rows"]} == LLAMA_LAYERS
     assert {row["rows"] for row in written["rows"]} == set(rooflines.BATCHES)
-    assert len(written["rows"]) == 4 * (4 * 11 + 1)  # torch.mv is for one row
-    assert len(written["prediction, not measured"]) == 4 * 5
+    assert len(written["rows"]) == 4 * (4 * (3 + 2 * len(KINDS)) + 1)  # torch.mv is for one row
+    assert len(written["prediction, not measured"]) == 4 * (1 + len(KINDS))
     manifest = artifact.manifest_of(Path("tiny-kernels"), kind="kernel-benchmark")
     assert manifest["recipe"]["bench"]["rounds"] == 2
     assert manifest["inputs"]["model"]["config_sha256"] == artifact.file_fingerprint(llama / "config.json")

@@ -47,7 +47,7 @@ def test_products_gradients_and_weights_are_the_oracles(name: str, dtype: torch.
     assert distance(dequantize(weight, dtype=dtype), reference.decode(parts)) < limit
 
 
-@pytest.mark.parametrize("kind", rooflines.KINDS)
+@pytest.mark.parametrize("kind", rooflines.LAYOUTS)
 def test_split_products_are_the_same_bits_from_run_to_run_on_two_streams_and_in_graphs(kind: str) -> None:
     shape = rooflines.LayerShape(4096, 4096)
     weight = from_parts(rooflines.random_layer(shape, kind, torch.Generator().manual_seed(0), device=DEVICE))
