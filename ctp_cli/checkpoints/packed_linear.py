@@ -51,9 +51,9 @@ def prepare_layers(model: nn.Module) -> None:
 class PackedLinear(nn.Module):
     """Buffers are the parts of a layer as format ctp stores them (`ctp_cli.checkpoints.packed`).
 
-    Where a way of multiplying wants them in a form of its own (the Triton kernels, scattered groups), that form takes
-    their place at the first product, as buffers that are not saved, so that nothing is in memory twice. Saving,
-    loading and moving the layer bring the stored parts back first, to the last bit; the next product converts them.
+    Where a way of multiplying wants them in a form of its own (the Triton kernels, scattered groups, pairs of outputs),
+    that form takes their place at the first product, as buffers that are not saved, so that nothing is in memory twice.
+    Saving, loading, copying and moving the layer bring the stored parts back first; the next product converts them.
 
     The environment variable CTP_INT8_ACTIVATIONS=1 lets products on the CPU round activations to 8 bits.
     CTP_DENSE_CODES=1 multiplies with a code for every weight of pruned layers, which is faster and takes more memory;
@@ -124,6 +124,11 @@ class PackedLinear(nn.Module):
             with dispatch.changing:
                 self._weight.restore()
                 self._follow()
+
+    def __getstate__(self) -> dict[str, Any]:
+        with dispatch.changing:
+            self._restore()
+            return self.__dict__.copy()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedLinear":
         """Moves the stored parts. Scales stay float16 where a model changes its dtype: they are part of the weights."""

@@ -130,7 +130,7 @@ class Weight:
     def stored(self) -> PackedParts:
         """The parts that `prepare` was given, rebuilt if a way holds them in a form of its own."""
         with changing:
-            parts, own = self._parts, self._own
+            parts, own, mask = self._parts, self._own, self._mask
         if parts is not None:
             return parts
         assert own is not None
@@ -140,9 +140,15 @@ class Weight:
             found = own.stored()
         else:
             found = own.stored(self._g_idx)
-        if self._mask is not None:
-            return densified.with_mask(found, self._mask.to(self.device), self._shape)
+        if mask is not None:
+            return densified.with_mask(found, mask.to(self.device), self._shape)
         return replace(found, codes=found.codes.view(self._shape))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """As it is stored: a copy may go where other ways are taken, and shares nothing with the form it would have."""
+        with changing:
+            self.restore()
+            return self.__dict__ | {"_ways": {}}
 
     def restore(self) -> PackedParts:
         """`stored`, and hold the layer that way again until its next product."""
@@ -192,7 +198,8 @@ class Weight:
         kind = (dtype, bisect_left(self._bounds, rows))
         way = self._ways.get(kind)
         if way is None:
-            way = self._ways[kind] = self.explain(dtype, rows).way
+            with changing:
+                way = self._ways[kind] = self.explain(dtype, rows).way
         if way == DENSE:
             return None
         wanted = _FORMS[way]
@@ -213,7 +220,8 @@ class Weight:
                 parts = densified.without_mask(parts)
             made: _Own = wanted.of(parts) if wanted is not layouts.PackedWeight else layouts.from_parts(parts)
         except ValueError as refusal:  # what shapes alone do not show
-            self._refused |= {other: str(refusal) for other, form in _FORMS.items() if form is wanted}
+            refused = {other: str(refusal) for other, form in _FORMS.items() if form is wanted}
+            self._refused = self._refused | refused
             self._ways.clear()
             return self.form_for(dtype, rows)
         if isinstance(made, PackedLayer):

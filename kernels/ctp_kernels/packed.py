@@ -32,6 +32,8 @@ or are one segment, of no more inputs than 32-bit sums hold. Each is padded to a
 _DENSE, _HALF, _BITMAP, _PAIRED, _PAIRED_FEW = range(5)
 _OFTEN = 0.04
 """Blocks of 64 inputs that may have more than 32 codes where fewer are expected: a processor jumps wrongly at each."""
+_LONGER = 1.25
+"""A pair takes what the longer of its outputs' codes need. More than that of what is stored is not spent on it."""
 _TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _NEEDS = "products with packed layers need a processor with AVX2 and a C++ compiler"
 
@@ -55,7 +57,7 @@ class PackedLayer:
 
     @classmethod
     def of(cls, parts: PackedParts) -> "PackedLayer":
-        """Tensors are shared with `parts` but for codes and mask of layers with scattered groups.
+        """Tensors are shared with `parts` but for codes and mask of layers with scattered groups, and codes of pairs.
 
         Raises: ValueError for what `refusal` says, and for parts that do not go together.
         """
@@ -124,7 +126,7 @@ class PackedLayer:
         return replace(self.parts, codes=codes)
 
     def stored(self, g_idx: Tensor | None) -> PackedParts:
-        """The parts this was made of, whose `g_idx` is given."""
+        """The parts this was made of, whose `g_idx` is given. What pads an output's codes may come back as zeros."""
         if self.order is None:
             return self.unpaired
         return replace(_ordered(self.unpaired, self.order.argsort()), g_idx=g_idx)
@@ -139,6 +141,8 @@ class PackedLayer:
         pairs_P = nn.functional.pad(kept_P.cumsum(0), (1, 0))
         blocks = kept_NB.flatten()[: kept_NB.numel() // 8 * 8].view(-1, 8).sum(1, dtype=torch.uint8)
         few = not len(blocks) or int((blocks > 32).sum()) <= _OFTEN * len(blocks)
+        if int(pairs_P[-1]) > _LONGER * parts.codes.numel():
+            return self
         codes = torch.empty(int(pairs_P[-1]), dtype=torch.uint8)
         self._rearrange("packed_pair", parts.codes, pairs_P, codes)
         return replace(self, parts=replace(parts, codes=codes), _kind=_PAIRED_FEW if few else _PAIRED, pairs_P=pairs_P)
@@ -275,11 +279,12 @@ def _library() -> ctypes.CDLL | None:
     if library.packed_product.argtypes is None:
         pointer, number = ctypes.c_void_p, ctypes.c_int64
         layer = [*[pointer] * 5, ctypes.POINTER(number)]
-        library.packed_product.argtypes = [*layer, pointer, number, number, number, pointer, number]
-        library.packed_product.restype = ctypes.c_int
         library.packed_dense_codes.argtypes = [*layer, pointer, number]
         library.packed_dense_codes.restype = ctypes.c_int
         if library.packed_takes_pairs():
             for rearrange in (library.packed_pair, library.packed_unpair):
                 rearrange.argtypes = [pointer, pointer, number, pointer, pointer, number]
+        library.packed_product.restype = ctypes.c_int
+        # the last one: another thread takes it for the sign that all are told
+        library.packed_product.argtypes = [*layer, pointer, number, number, number, pointer, number]
     return library

@@ -38,8 +38,8 @@ BATCHES = (1, 4, 16, 64)
 GPU_BYTES_PER_S = {"A100": 2.0e12, "H100": 3.35e12, "RTX 4090": 1.0e12}
 """Memory bandwidths as their makers state them, rounded."""
 _SAMPLE_S = 1e-2
-"""A sample is as many products as take about this long, one at least; on GPUs one with each copy at least. The first ones
-wait for what was written before to leave the caches: of one product in 2 ms samples, they took a fifth longer."""
+"""A sample is as many products as take about this long, one at least; on GPUs one with each copy at least. The first
+ones wait for what was written before to leave the caches: in 2 ms, products of few rows seemed a fifth slower."""
 _QUIET_S = 0.05
 """Before a sample with several threads: those of the product before, OpenMP's or ONNX Runtime's, spin for a while.
 Waited for busily: where a thread slept, Linux may wake all on its processor, and part them a few milliseconds later."""

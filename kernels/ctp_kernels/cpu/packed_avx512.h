@@ -4,7 +4,8 @@
 // of them codes are transposed first: lanes are 16 outputs, and each row's quad is broadcast to them. Sums need no adding up
 // across lanes then, and scales are vectors.
 //
-// One row is multiplied with dense codes and paired ones as they are decoded; for the rest an output's are decoded before.
+// One row is multiplied with codes as they are decoded, and so are up to four with 4-bit codes, dense or paired, in segments of
+// one or two blocks. For the rest an output's codes are decoded before.
 
 #pragma once
 
@@ -369,7 +370,7 @@ void products_of(const Row& row, const Activations<Few<Arithmetic>>& x, const fl
   constexpr int kParts = Arithmetic::kParts;
   Codes codes(row);
   const int64_t blocks = B ? B : x.layer.blocks(), segments = row.segments;
-  const __m512i usual = _mm512_set1_epi32((1 << (x.layer.bits - 1)) * 0x01010101);
+  const __m512i usual = _mm512_set1_epi32(int(0x01010101u << (x.layer.bits - 1)));
   __m512i zeros = usual, zero = _mm512_and_si512(usual, _mm512_set1_epi32(255));
   Lanes totals[M];
   for (auto& total : totals) total = nothing();
@@ -502,10 +503,8 @@ class Worker<Few<Arithmetic>> {
                 take_one<B, 1, Codes<bits, kind>, kGiven>(o);
               else
                 take_one<B, 1, Codes<bits, kind>, kUsual>(o);
-          else if constexpr (kind != kPaired && bits != 4)
+          else if constexpr (kind != kPaired)
             for (int64_t o = begin; o < end; ++o) take_one<B, 1, Codes<bits, kind>, kAsked>(o);
-          else
-            for (int64_t o = begin; o < end; ++o) take_one<B, 1, Decoded, kAsked>(o);
         });
     }
   }

@@ -1,5 +1,6 @@
 """`--packed`: quantized checkpoints of every format stay packed in memory, and compute what their dense twins do."""
 
+import copy
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -196,3 +197,21 @@ def test_threads_multiply_while_another_one_saves(tmp_path: Path, monkeypatch: p
     finally:
         sys.setswitchinterval(switching)
     assert saved == 40
+
+
+def test_a_copy_of_a_model_that_has_multiplied_holds_its_layers_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CTP_DENSE_CODES", "1")
+    model = load_model(compressed("llama_tied_gqa", tmp_path, sparsity=0.5), packed=True)
+    stored = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    ids = torch.randint(3, VOCAB_SIZE, (1, 5), generator=torch.Generator().manual_seed(7))
+    with torch.no_grad():
+        wanted = model(ids).logits
+        made = copy.deepcopy(model)
+        for layer in (module for module in made.modules() if isinstance(module, PackedLinear)):
+            weight = layer._weight
+            assert weight is not None and weight.form is None and layer._form is None
+            assert layer.codes is weight.stored().codes and set(dict(layer.named_buffers())) <= set(layer._names)
+        assert torch.equal(made(ids).logits, wanted) and torch.equal(model(ids).logits, wanted)
+    assert all(torch.equal(tensor, stored[name]) for name, tensor in made.state_dict().items())

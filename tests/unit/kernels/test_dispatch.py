@@ -1,8 +1,10 @@
 """Every way a product with a packed layer can take, against the oracle; and which one is taken."""
 
+import copy
 import importlib.util
 import json
 import os
+import pickle
 import subprocess
 import sys
 from dataclasses import replace
@@ -278,10 +280,21 @@ def test_sorted_groups_are_the_only_form_held_and_give_back_what_was_stored(layo
 
 
 @needs_packed
-def test_a_layer_as_it_is_stored_is_not_held_twice() -> None:
-    parts = layer("dense")
+@pytest.mark.parametrize("layout", ["dense", "bitmap"])
+def test_a_layer_is_not_held_twice_nor_its_copies(layout: str) -> None:
+    parts = layer(layout)
     weight = dispatch.prepare(parts)
+    y = dispatch.matmul(torch.ones(1, 256), weight)
+    for again in (copy.deepcopy(weight), pickle.loads(pickle.dumps(weight))):
+        assert again.form is None and same_bits(again.stored(), parts)
+        assert torch.equal(dispatch.matmul(torch.ones(1, 256), again), y)
     dispatch.matmul(torch.ones(1, 256), weight)
+    if layout == "bitmap" and dispatch.packed.takes_pairs(parts):
+        form = weight.form
+        assert isinstance(form, dispatch.PackedLayer) and weight._parts is None and weight._layer is form
+        held = weight.tensors()
+        assert "codes" not in held and held["own_codes"] is form.parts.codes and held["mask"] is parts.mask
+        return
     assert weight.form is None
     assert weight.tensors()["codes"] is parts.codes
     layer_held = weight.form_for(torch.float32, 1)

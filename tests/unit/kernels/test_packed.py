@@ -170,20 +170,19 @@ def test_a_run_or_a_block_of_stored_codes_that_begins_inside_of_a_byte(inputs: i
     check(parts, torch.randn(6, inputs, generator=generator), rows=(1, 6))
 
 
-needs_pairs = pytest.mark.skipif(
-    not packed.takes_pairs(random_parts("8:16", bits=4, outputs=40, inputs=256, groups=2, symmetric=True)),
-    reason="codes are laid out in pairs with AVX-512 alone",
-)
+@pytest.fixture
+def pairs() -> None:
+    if not packed.takes_pairs(random_parts("8:16", bits=4, outputs=40, inputs=256, groups=2, symmetric=True)):
+        pytest.skip("codes are laid out in pairs with AVX-512 alone")
 
 
-@needs_pairs
+@pytest.mark.usefixtures("pairs")
 @pytest.mark.parametrize(("density", "few"), [(0.0, True), (0.25, True), (0.375, True), (0.5, False), (1.0, False)])
-@pytest.mark.parametrize("outputs", [1, 2, 39, 40])
+@pytest.mark.parametrize("outputs", [2, 39, 40])
 def test_pairs_of_outputs_come_apart_as_they_were(outputs: int, density: float, few: bool) -> None:
     generator = torch.Generator().manual_seed(outputs)
     codes = torch.randint(0, 16, (outputs, 1024), generator=generator).to(torch.uint8)
     keep = torch.rand(outputs, 1024, generator=generator) < density
-    keep[-1] = outputs % 2 == 0 or density > 0  # of the last pair one output has all codes, or there is but one
     parts = PackedParts(
         codes=pack_kept(codes, keep, 4), scales=torch.ones(outputs, 8).half(), bits=4, mask=pack_bits(keep)
     )
@@ -199,6 +198,16 @@ def test_pairs_of_outputs_come_apart_as_they_were(outputs: int, density: float, 
         assert (layer._kind == packed._PAIRED_FEW) == few
 
 
+@pytest.mark.usefixtures("pairs")
+def test_outputs_that_do_not_go_together_stay_by_themselves() -> None:
+    generator = torch.Generator().manual_seed(0)
+    keep = torch.rand(20, 512, generator=generator) < torch.tensor([0.9, 0.1]).repeat(10)[:, None]
+    codes = torch.randint(0, 16, keep.shape, generator=generator).to(torch.uint8)
+    parts = PackedParts(codes=pack_kept(codes, keep, 4), scales=torch.ones(20, 4).half(), bits=4, mask=pack_bits(keep))
+    assert not PackedLayer.of(parts).own
+    check(parts, torch.randn(5, 512, generator=generator), rows=(1, 2, 5))
+
+
 def test_a_block_with_more_codes_than_the_others() -> None:
     generator = torch.Generator().manual_seed(0)
     keep = torch.rand(6, 2048, generator=generator) < 0.25
@@ -208,7 +217,7 @@ def test_a_block_with_more_codes_than_the_others() -> None:
     check(parts, torch.randn(4, 2048, generator=generator), rows=(1, 2, 4))
 
 
-@needs_pairs
+@pytest.mark.usefixtures("pairs")
 def test_what_was_pickled_is_multiplied_where_there_are_no_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
     parts = random_parts("8:16", bits=4, outputs=40, inputs=256, groups=2, symmetric=False)
     layer, x = PackedLayer.of(parts), torch.randn(3, 256)
