@@ -413,9 +413,9 @@ void products_of_pair(const Row* rows, const Activations<Few<Arithmetic>>& x, co
   const float* const end = scales + segments;
   const __m512i usual = _mm512_set1_epi32(0x08080808), usual_zero = _mm512_set1_epi32(8);
   Lanes total[2] = {nothing(), nothing()};
-  for (int64_t s = 0; scales < end; ++scales, ++s) {
+  for (; scales < end; ++scales) {
     prefetch(low + kAhead);
-    if (s % 4 == 0) {
+    if ((reinterpret_cast<uintptr_t>(mask) & 63) < (B ? B * 8 : 64)) {  // once for a cache line
       prefetch(mask + kAhead / 2);
       prefetch(mask + apart + kAhead / 2);
     }
