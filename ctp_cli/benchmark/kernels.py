@@ -20,7 +20,7 @@ def table_rows(report: RooflineReport) -> list[list[str]]:
             str(row.rows),
             row.product,
             row.way or "-",
-            _spread(row.time_us),
+            _spread(row.time_us, row.interval_us),
             f"{row.gb_per_s:.2f}",
             f"{row.share_of_copy:.1%}",
         ]
@@ -32,8 +32,9 @@ def caption(report: RooflineReport) -> str:
     """What one must know to read the table."""
     threads = f", {report.threads} threads" if report.device == "cpu" else ""
     copies = report.copy_gb_per_s
+    spread = "95% intervals of them" if report.rows and report.rows[0].interval_us else "quartiles"
     lines = [
-        f"{report.device}{threads}; medians (quartiles) of {report.rounds} rounds, products in turns. "
+        f"{report.device}{threads}; medians ({spread}) of {report.rounds} rounds, products in turns. "
         "Layers are outputs x inputs, rows those of x. "
         f"GB/s: weights as they are stored, x and y, read or written once; copying reached {copies.median:.1f} "
         f"({copies.low:.1f} to {copies.high:.1f}). Weights in rotation, more than caches of "
@@ -96,6 +97,7 @@ def choice_document(choices: Mapping[tuple[str, int, str], Choice]) -> dict[str,
     }
 
 
-def _spread(quartiles: Quartiles) -> str:
+def _spread(quartiles: Quartiles, interval: tuple[float, float] | None) -> str:
     digits = 1 if quartiles.median < 100 else 0
-    return f"{quartiles.median:.{digits}f} ({quartiles.low:.{digits}f} to {quartiles.high:.{digits}f})"
+    low, high = interval or (quartiles.low, quartiles.high)
+    return f"{quartiles.median:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"

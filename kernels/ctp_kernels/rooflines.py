@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ctp_kernels import dispatch, onnx_product
-from ctp_kernels.profiling import Quartiles
+from ctp_kernels.profiling import Quartiles, median_interval
 from ctp_kernels.ragged import pack_bits, row_starts
 from ctp_kernels.reference import PackedParts
 
@@ -85,6 +85,8 @@ class ProductRow:
     """Weights as they are stored, x and y: the least that has to be read and written."""
     copies: int
     time_us: Quartiles
+    interval_us: tuple[float, float] | None
+    """Of the median, with 95% confidence (`profiling.median_interval`); None with fewer than 6 rounds."""
     gb_per_s: float
     """moved_bytes by the median time."""
     share_of_copy: float
@@ -376,7 +378,8 @@ def _rounds(
 
 def _row(shape: LayerShape, rows: int, product: _Product, seconds: Sequence[float], copy_gb_per_s: float) -> ProductRow:
     moved = product.weight_bytes + product.dtype.itemsize * rows * (shape.inputs + shape.outputs)
-    quartiles = Quartiles.of([s * 1e6 for s in seconds])
+    microseconds = [s * 1e6 for s in seconds]
+    quartiles = Quartiles.of(microseconds)
     weight = product.copies[0]
     return ProductRow(
         outputs=shape.outputs,
@@ -387,6 +390,7 @@ def _row(shape: LayerShape, rows: int, product: _Product, seconds: Sequence[floa
         moved_bytes=moved,
         copies=len(product.copies),
         time_us=quartiles,
+        interval_us=median_interval(microseconds),
         gb_per_s=moved / quartiles.median / 1e3,
         share_of_copy=moved / quartiles.median / 1e3 / copy_gb_per_s,
     )

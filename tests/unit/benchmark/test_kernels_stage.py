@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from ctp_cli import artifact
 from ctp_cli.app import app
-from ctp_cli.benchmark.kernels import choice_lines
+from ctp_cli.benchmark.kernels import caption, choice_lines, table_rows
 from ctp_cli.errors import InputError
 from ctp_cli.progress import SILENT
 from ctp_cli.stages import kernels as stage
@@ -78,6 +78,7 @@ def test_json_is_one_document(llama: Path) -> None:
     document = json.loads(done.stdout)
     assert (document["schema_version"], document["kind"], document["model"]) == (1, "kernel-bench", "tiny")
     assert document["rows"][0]["time_us"].keys() == {"low", "median", "high"}
+    assert document["rows"][0]["interval_us"] is None, "two rounds are too few"
 
 
 def test_explained_choices_are_those_of_dispatch(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,3 +160,16 @@ def test_shapes_are_those_of_the_model_whatever_way_it_stores_them(tmp_path: Pat
     (gpt2 / "config.json").write_text(json.dumps({**config, "n_embd": 40}))
     with pytest.raises(InputError, match="120 x 40"):
         stage.layer_shapes(gpt2)
+
+
+def test_times_carry_the_intervals_of_their_medians(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rooflines, "_SAMPLE_S", 1e-5)
+    report = rooflines.measure([LayerShape(64, 64)], device="cpu", generator=torch.Generator(), batches=(1,), rounds=6)
+    for row, cells in zip(report.rows, table_rows(report), strict=True):
+        assert row.interval_us is not None
+        low, high = row.interval_us  # of six values the least and the largest
+        assert low <= row.time_us.low <= row.time_us.median <= row.time_us.high <= high
+        assert any(f"({low:.1f} to {high:.1f})" in cell or f"({low:.0f} to {high:.0f})" in cell for cell in cells)
+    assert "95% intervals" in caption(report)
+    report = rooflines.measure([LayerShape(64, 64)], device="cpu", generator=torch.Generator(), batches=(1,), rounds=2)
+    assert "medians (quartiles)" in caption(report)
