@@ -87,7 +87,7 @@ inline __m512i paired_codes(const uint8_t*& codes, const uint8_t* mask, __m512i 
 }
 
 // An output's codes, a block at a time, as bytes; where none is stored, that of `zeros`. inputs: fewer than a block has
-// where a segment ends.
+// where a segment ends. kHigh: of a pair, its second output's.
 template <int kBits, int kKind, bool kHigh = false>
 class Codes {
  public:
